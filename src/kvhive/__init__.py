@@ -1,0 +1,40 @@
+"""kvhive: small KV caches for large language models.
+
+Public names load on first use, so that `import kvhive` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvhive.budget import Budget
+    from kvhive.cache import HiveCache
+    from kvhive.models import load
+    from kvhive.policies import POLICIES, Policy
+    from kvhive.recipe import Recipe
+    from kvhive.report import Report
+
+_HOME = {
+    "Budget": "budget",
+    "HiveCache": "cache",
+    "POLICIES": "policies",
+    "Policy": "policies",
+    "Recipe": "recipe",
+    "Report": "report",
+    "load": "models",
+}
+__all__ = ["POLICIES", "Budget", "HiveCache", "Policy", "Recipe", "Report", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvhive' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kvhive.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,159 @@
+"""HiveCache: carries a recipe out, layer by layer, while transformers runs the model unchanged."""
+
+from __future__ import annotations
+
+import copy
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvhive.attach import ModelFacts, attach
+from kvhive.layer import HiveLayer, Spread
+from kvhive.recipe import Recipe
+from kvhive.report import Report
+
+
+class HiveCache(Cache):  # type: ignore[misc]
+    """A cache for `model.generate(past_key_values=...)` that follows a recipe.
+
+    ```python
+    cache = kvhive.HiveCache.for_model(model, "buzz@0.4")
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=200)
+    print(cache.report())
+    ```
+    """
+
+    def __init__(self, recipe: Recipe, facts: ModelFacts) -> None:
+        self.recipe = recipe
+        self.facts = facts
+        self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
+        rotation = facts.rotation if self.positions == "cache" else None
+        layers: list[CacheLayerMixin] = facts.stock_layers()
+        self.compressed = facts.full_layers
+        for place, index in enumerate(self.compressed):
+            layers[index] = HiveLayer(
+                policy=recipe.policy.for_layer(place, len(self.compressed)),
+                budget=recipe.budget,
+                store=recipe.store,
+                spread=self._spread(place),
+                rotation=rotation,
+                slack=recipe.slack,
+            )
+        super().__init__(layers=layers)
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, recipe: Recipe | str) -> HiveCache:
+        """An empty cache for `model`, whose attention is switched to kvhive's (other caches still work).
+
+        recipe: a `Recipe` or its string, e.g. "buzz@0.4". Raises `ValueError` for a recipe that cannot
+        work and for a model that kvhive does not support, naming what is missing.
+        """
+        return cls(Recipe.parse(recipe), attach(model))
+
+    def hive_layers(self) -> list[HiveLayer]:
+        """The compressed layers, in order."""
+        layers = (self.layers[index] for index in self.compressed)
+        return [layer for layer in layers if isinstance(layer, HiveLayer)]
+
+    def report(self) -> Report:
+        """Tokens seen and kept, bytes held and what the full cache would hold."""
+        hive = self.hive_layers()
+        used = [layer for layer in hive if layer.seen]
+        stock = sum(_stock_bytes(layer) for layer in self.layers if layer not in hive)
+        full = stock
+        for layer in used:
+            keys, values = layer.store.keys, layer.store.values
+            width = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+            full += keys.shape[0] * keys.shape[1] * layer.seen * width
+        return Report(
+            recipe=str(self.recipe),
+            positions=self.positions,
+            layers=tuple(self.compressed),
+            seen=used[0].row_seen() if used else torch.zeros(0, dtype=torch.int64),
+            kept=torch.stack([layer.slots.count for layer in used]).cpu()
+            if used
+            else torch.zeros(0, 0, 0, dtype=torch.int64),
+            nbytes=self.nbytes,
+            full_nbytes=full,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, metadata and spare room included."""
+        hive = self.hive_layers()
+        stock = sum(_stock_bytes(layer) for layer in self.layers if layer not in hive)
+        return stock + sum(layer.nbytes for layer in hive)
+
+    def positions_kept(self) -> list[Tensor]:
+        """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, -1 for empty slots."""
+        return [layer.slots.position.cpu() for layer in self.hive_layers()]
+
+    def freeze(self) -> Frozen:
+        """Stop evicting, so that a question can be asked without losing any of the document.
+
+        Lasts until `thaw()`; as `with cache.freeze(): ...` until the block ends. What was added
+        meanwhile counts towards the budget at the first step after it.
+        """
+        for layer in self.hive_layers():
+            layer.frozen = True
+        return Frozen(self)
+
+    def thaw(self) -> None:
+        """Evict again from the next step on."""
+        for layer in self.hive_layers():
+            layer.frozen = False
+
+    def fork(self) -> HiveCache:
+        """An independent copy: answer several questions on one document, each from its own copy."""
+        return copy.deepcopy(self)
+
+    def make_room(self, tokens: int) -> None:
+        """Evict now, so that a turn of `tokens` tokens fits the budget without evicting inside the turn."""
+        if tokens < 0:
+            raise ValueError(f"make_room: tokens must be at least 0, got {tokens}")
+        for layer in self.hive_layers():
+            layer.make_room(tokens)
+
+    def end_recording(self) -> None:
+        """After speculative decoding: evict what was postponed and return to ordinary steps."""
+        for layer in self.layers:
+            if isinstance(layer, HiveLayer):
+                layer.end_recording()
+            elif getattr(layer, "record_past", False):
+                layer.crop(0)
+                layer.record_past = False
+
+    def _spread(self, place: int) -> Spread:
+        recipe, layers = self.recipe, len(self.compressed)
+
+        def spread(budget: int, kv_heads: int) -> Tensor:
+            least = recipe.policy.least_budget
+            return recipe.allocation.spread(budget, layers, kv_heads, least)[place]
+
+        return spread
+
+
+class Frozen:
+    """Handle of `HiveCache.freeze`: thaws the cache at the end of a `with` block."""
+
+    def __init__(self, cache: HiveCache) -> None:
+        self._cache = cache
+
+    def __enter__(self) -> HiveCache:
+        return self._cache
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cache.thaw()
+
+
+def _stock_bytes(layer: CacheLayerMixin) -> int:
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor))

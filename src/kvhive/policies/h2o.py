@@ -1,0 +1,61 @@
+"""H2O: the heavy hitters of all attention so far, and a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvhive.kernels import Needs, Observed
+from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.selection import keep_top, recent
+from kvhive.slots import Column, Slots
+
+
+@POLICIES.register("h2o")
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Keep the tokens that received the most attention so far, and the most recent ones.
+
+    score[j] is the attention key j received from every query since it arrived, summed over the query
+    heads of its group, never decayed. Over budget, the best `budget - recent` of the older tokens stay
+    beside the last `recent`. Ties go to the older token.
+    Source: Zhang et al. 2023, arXiv:2306.14048, algorithm 1; `H2OKVCache_LayerWise` of the authors'
+    code (tokens are really dropped). State: float32 score per slot.
+    """
+
+    source: ClassVar[str] = "arXiv:2306.14048"
+    cost: ClassVar[str] = "column sums each step; 4 bytes a slot"
+
+    recent: int | None = knob(None, "most recent tokens kept; default: half of the budget")
+
+    def __post_init__(self) -> None:
+        if self.recent is not None and self.recent < 0:
+            raise ValueError(f"h2o: recent must be at least 0, got {self.recent}")
+
+    @property
+    def needs(self) -> Needs:
+        """Column sums of every step."""
+        return Needs(columns="sum")
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """The accumulated score."""
+        return {"score": Column()}
+
+    @property
+    def least_budget(self) -> int:
+        """The window, and one heavy hitter."""
+        return 1 if self.recent is None else self.recent + 1
+
+    def observe(self, slots: Slots, seen: Observed) -> None:
+        """score += this step's column sums."""
+        slots["score"].add_(seen.columns)
+
+    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The best of the older tokens, and the window."""
+        size = budget - budget // 2 if self.recent is None else budget.new_tensor(self.recent)
+        window = recent(slots, size.expand_as(budget))
+        return window | keep_top(slots["score"], slots.valid & ~window, budget - size)

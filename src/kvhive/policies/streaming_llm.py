@@ -1,0 +1,41 @@
+"""StreamingLLM: attention sinks and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvhive.policies.base import POLICIES, Policy, Positions, knob
+from kvhive.policies.selection import recent, sinks
+from kvhive.slots import Slots
+
+
+@POLICIES.register("streaming_llm")
+@dataclass(frozen=True)
+class StreamingLLM(Policy):
+    """Keep the first `sink` tokens and the last `budget - sink`, numbered by their place in the cache.
+
+    The model puts much of its attention on the first tokens whatever they say; without them it breaks.
+    Source: Xiao et al. 2023, arXiv:2309.17453, section 3. State: none.
+    """
+
+    source: ClassVar[str] = "arXiv:2309.17453"
+    cost: ClassVar[str] = "no scores; any attention kernel"
+    positions: ClassVar[Positions] = "cache"
+
+    sink: int = knob(4, "first tokens kept for ever")
+
+    def __post_init__(self) -> None:
+        if self.sink < 0:
+            raise ValueError(f"streaming_llm: sink must be at least 0, got {self.sink}")
+
+    @property
+    def least_budget(self) -> int:
+        """The sinks and one recent token."""
+        return self.sink + 1
+
+    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+        """Sinks and window."""
+        return sinks(slots, self.sink) | recent(slots, budget - self.sink)

@@ -1,0 +1,50 @@
+"""What a cache holds: tokens and bytes, per layer and head, against the full cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """The truth about a cache at one moment.
+
+    seen: int64 `[rows]`, real tokens each row has read. kept: int64 `[layers, rows, kv_heads]`, tokens
+    held by every head of the compressed layers (`layers` lists their indices). nbytes: bytes of every
+    tensor held, metadata and spare room included, stock layers too. full_nbytes: bytes of keys and
+    values that the full cache would hold for the same tokens (padding included, as it does).
+    """
+
+    recipe: str
+    positions: str
+    layers: tuple[int, ...]
+    seen: Tensor
+    kept: Tensor
+    nbytes: int
+    full_nbytes: int
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens read by the longest row."""
+        return int(self.seen.max()) if self.seen.numel() else 0
+
+    @property
+    def tokens_kept(self) -> float:
+        """Mean number of tokens a KV head holds for the longest row."""
+        return float(self.kept[:, self.seen.argmax()].double().mean()) if self.kept.numel() else 0.0
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the full cache, in bytes."""
+        return self.full_nbytes / self.nbytes if self.nbytes else 1.0
+
+    def __str__(self) -> str:
+        rows = f" in the longest of {len(self.seen)} rows" if len(self.seen) > 1 else ""
+        return (
+            f"{self.tokens_seen:,} tokens seen{rows}, {self.tokens_kept:,.0f} kept, "
+            f"{self.nbytes / MIB:.1f} MiB of {self.full_nbytes / MIB:.1f} MiB ({self.ratio:.2f}x)"
+        )
