@@ -266,4 +266,4 @@ def _agrees(rotation: Rotation, embedding: nn.Module, apply: Any) -> bool:
     if written[0].shape != key.shape:
         return False
     shift = torch.full((1, 1, 1), 37, device=device)
-    return torch.allclose(rotation.rotate(written[0].float(), shift), written[1].float(), atol=1e-4)
+    return torch.allclose(rotation.rotate(written[0].float(), shift, 37), written[1].float(), atol=1e-4)

@@ -145,7 +145,7 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
             newest = slots.position.amax(-1, keepdim=True)
         behind = slots.length - 1 - torch.arange(moved, device=self.device)
         shift = (newest - slots.position[..., :moved] - behind).clamp_min(0)
-        return torch.cat([self.rotation.rotate(keys[:, :, :moved], shift), keys[:, :, moved:]], 2)
+        return torch.cat([self.rotation.rotate(keys[:, :, :moved], shift, self.seen), keys[:, :, moved:]], 2)
 
     def _valid(self) -> Tensor | None:
         return self.slots.valid if self.slots.holes else None
@@ -180,6 +180,8 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
         slots = self.slots
         if self.frozen or self._limits is None or slots.length <= self._least_limit:
             return
+        if not self.policy.acts(decoding):
+            return
         limits = self._limits.expand(slots.batch, slots.heads)
         self._evict_to(limits, limits - self._free(limits) if decoding else limits)
 
@@ -192,6 +194,7 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
         over = slots.count > limits
         if not bool(over.any()):
             return
+        target = torch.where(over, target, limits)  # a head left alone must look so to the policy
         keep = torch.where(over[..., None], self.policy.select(slots, target), slots.valid)
         index, holes = packed_index(keep)
         kept = index.shape[-1]

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_FINE = 256  # phase(shift) = coarse[shift // 256] * fine[shift % 256]: two small exact tables
+FINE = 8192  # turns below this come from one table, larger ones from the product of two
 
 
 @dataclass
@@ -32,41 +32,46 @@ class Rotation:
 
     def __post_init__(self) -> None:
         self.frequencies = self.frequencies.double().cpu()
-        self._fine = self._phases(torch.arange(_FINE))
-        self._coarse = self._phases(torch.arange(64) * _FINE)
+        self._fine = self._table(torch.arange(FINE))
+        self._coarse = self._table(torch.arange(16) * FINE)
 
     def __deepcopy__(self, memo: object) -> Rotation:
         return self  # tables are shared: they only ever grow
 
-    def rotate(self, keys: Tensor, shift: Tensor) -> Tensor:
-        """Keys `[b, K, n, d]` turned by `shift` (int `[b, K, n]`, >= 0) positions; same dtype."""
-        cos, sin = self._cos_sin(shift)
+    def rotate(self, keys: Tensor, shift: Tensor, most: int) -> Tensor:
+        """Keys `[b, K, n, d]` turned by `shift` (int `[b, K, n]`, 0..most) positions; same dtype."""
+        cos, sin = self._cos_sin(shift, most)
         half = cos.shape[-1]
+        wide = keys.float()
         if self.layout == "halves":
-            first, second = keys[..., :half], keys[..., half : 2 * half]
+            first, second = wide[..., :half], wide[..., half : 2 * half]
         else:
-            first, second = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
-        turned = torch.empty_like(keys, memory_format=torch.contiguous_format)
-        one, two = first * cos - second * sin, second * cos + first * sin
+            first, second = wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2]
+        one = torch.addcmul(first * cos, second, sin, value=-1)
+        two = torch.addcmul(second * cos, first, sin)
         if self.layout == "halves":
-            turned[..., :half], turned[..., half : 2 * half] = one, two
+            turned = torch.cat([one, two, wide[..., 2 * half :]], -1)
         else:
-            turned[..., 0 : 2 * half : 2], turned[..., 1 : 2 * half : 2] = one, two
-        turned[..., 2 * half :] = keys[..., 2 * half :]
-        return turned
+            pairs = torch.stack([one, two], -1).flatten(-2)
+            turned = torch.cat([pairs, wide[..., 2 * half :]], -1)
+        return turned.to(keys.dtype)
 
-    def _cos_sin(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, shift: Tensor, most: int) -> tuple[Tensor, Tensor]:
         if self._fine.device != shift.device:
             self._fine, self._coarse = self._fine.to(shift.device), self._coarse.to(shift.device)
-        flat = shift.reshape(-1)
-        high = torch.div(flat, _FINE, rounding_mode="floor")
-        top = int(high.max()) if flat.numel() else 0
-        if top >= self._coarse.shape[0]:
-            self._coarse = self._phases(torch.arange(2 * top) * _FINE).to(shift.device)
-        phase = self._fine.index_select(0, flat % _FINE) * self._coarse.index_select(0, high)
-        phase = phase.view(*shift.shape, -1)
-        return phase.real, phase.imag
+        flat, half = shift.reshape(-1), len(self.frequencies)
+        cos, sin = self._fine.index_select(0, flat % FINE).view(*shift.shape, -1).split(half, -1)
+        if most < FINE:
+            return cos, sin
+        if most // FINE >= self._coarse.shape[0]:
+            rows = torch.arange(2 * (most // FINE)) * FINE
+            self._coarse = self._table(rows).to(shift.device)
+        high = torch.div(flat, FINE, rounding_mode="floor")
+        far = self._coarse.index_select(0, high).view(*shift.shape, -1)
+        far_cos, far_sin = far.split(half, -1)
+        return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
 
-    def _phases(self, positions: Tensor) -> Tensor:
+    def _table(self, positions: Tensor) -> Tensor:
+        """float32 `[positions, r]`: cosines, then sines."""
         angle = positions.double()[:, None] * self.frequencies
-        return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        return torch.cat([angle.cos(), angle.sin()], -1).float()

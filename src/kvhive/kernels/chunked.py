@@ -76,7 +76,7 @@ def _decode(
     out = (weights.to(values.dtype) @ values).view(batch, heads, 1, values.shape[-1])
     if real is not None:
         weights = weights * real[:, :, None, None]
-    columns = _columns(weights, needs, dims=(2,))
+    columns = _columns(weights[..., None, :], needs, behind=0)
     rows = weights.reshape(batch, heads, 1, n) if needs.last_rows else None
     return out, columns, rows
 
@@ -93,7 +93,10 @@ def _one_pass(
     batch, heads, q, _ = query.shape
     kv_heads, n = keys.shape[1], keys.shape[2]
     out = query.new_empty(batch, heads, q, values.shape[-1])
-    columns = query.new_zeros(batch, kv_heads, n, dtype=torch.float32) if needs.columns else None
+    columns = None
+    if needs.columns:
+        reporting = kv_heads if needs.fold else heads
+        columns = query.new_zeros(batch, reporting, n, dtype=torch.float32)
     first_row = q - min(needs.last_rows, q)
     rows = query.new_zeros(batch, heads, q - first_row, n, dtype=torch.float32)
     for start in range(0, q, CHUNK):
@@ -104,7 +107,7 @@ def _one_pass(
         chunk_out = (stacked @ values[:, :, :seen]).view(batch, heads, stop - start, -1)
         out[:, :, start:stop] = chunk_out
         if columns is not None:
-            columns[..., :seen] += _columns(weights, needs, dims=(2, 3))
+            columns[..., :seen] += _columns(weights, needs, behind=q - stop)
         if stop > first_row:
             begin = max(start, first_row)
             tail = weights[:, :, :, begin - start :].reshape(batch, heads, stop - begin, seen)
@@ -163,7 +166,12 @@ def _softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
     return logits.masked_fill_(~visible, NEVER).softmax(-1).nan_to_num_(0.0)
 
 
-def _columns(weights: Tensor, needs: Needs, dims: tuple[int, ...]) -> Tensor | None:
+def _columns(weights: Tensor, needs: Needs, behind: int) -> Tensor | None:
+    """Column sums of `[b, K, group, rows, n]`; `behind` queries of the step come after these rows."""
     if needs.columns is None:
         return None
-    return (weights.square() if needs.columns == "square" else weights).sum(dims)
+    power = weights.square() if needs.columns == "square" else weights
+    if needs.decay != 1.0:
+        age = torch.arange(power.shape[3] - 1 + behind, behind - 1, -1, device=power.device)
+        power = power * (needs.decay ** age.double()).float()[:, None]
+    return power.sum((2, 3)) if needs.fold else power.sum(3).flatten(1, 2)

@@ -17,6 +17,9 @@ class Needs:
 
     columns: `"sum"` for the attention every slot received in this step, `"square"` for the sum of
         its squares, `None` for neither.
+    fold: whether columns are summed over the query heads that share a KV head; else per query head.
+    decay: weight of the step's queries in the columns: the last counts 1, each one before it `decay`
+        times the next.
     last_rows: how many of the step's last queries report their whole row of probabilities.
     keys: whether the keys held are wanted (methods that score keys instead of attention).
     queries: whether the step's queries are wanted (methods that model the queries to come).
@@ -24,6 +27,8 @@ class Needs:
     """
 
     columns: Literal["sum", "square"] | None = None
+    fold: bool = True
+    decay: float = 1.0
     last_rows: int = 0
     keys: bool = False
     queries: bool = False
@@ -46,7 +51,7 @@ class Observed:
     Only what was asked for is present. Rows of padded queries are zero and count nowhere.
 
     columns: float32 `[b, K, n]`, summed over the step's queries and over the query heads that
-        share the KV head (query head h belongs to KV head `h // (H // K)`).
+        share the KV head (query head h belongs to KV head `h // (H // K)`); `[b, H, n]` without fold.
     rows: float32 `[b, H, r, n]`, probabilities of the last `r = min(last_rows, q)` queries.
     keys, values: `[b, K, n, d]` as held. queries: `[b, H, q, d]`.
     fresh: `q`, how many of the slots this step brought.

@@ -39,12 +39,14 @@ def attend(
         visible = visible & real[:, None, :, None]
     weights = logits.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
     power = {"sum": weights, "square": weights.square(), None: None}[needs.columns]
+    if power is not None:
+        age = torch.arange(q - 1, -1, -1, device=query.device, dtype=torch.float64)
+        power = (power * (needs.decay**age)[:, None]).sum(2).float()
+        power = power.view(batch, kv_heads, group, n).sum(2) if needs.fold else power
     rows = min(needs.last_rows, q)
     observed = Observed(
         fresh=q,
-        columns=None
-        if power is None
-        else power.sum(2).view(batch, kv_heads, group, n).sum(2).float(),
+        columns=power,
         rows=weights[:, :, q - rows :].float() if rows else None,
         keys=keys if needs.keys else None,
         values=values if needs.values else None,

@@ -91,6 +91,10 @@ class Policy:
         an eviction costs is spread over that many steps. 0: exactly as the references do."""
         return min(64, budget // 32)
 
+    def acts(self, decoding: bool) -> bool:
+        """Whether the method evicts after such a step: methods for the prompt alone do not in decoding."""
+        return True
+
     def for_layer(self, layer: int, layers: int) -> Policy:
         """The policy to use in layer `layer` of `layers`; most methods treat all alike."""
         return self

@@ -13,7 +13,11 @@ from torch import Tensor
 from kvhive.kernels import NOTHING, Needs, Observed
 from kvhive.policies import cells as hive
 from kvhive.policies.base import POLICIES, Policy, Positions, knob
+from kvhive.policies.cells import Regions
+from kvhive.policies.selection import recent
 from kvhive.slots import Column, Slots
+
+SMALL = 32  # budgets below this get one sink instead of four
 
 
 @POLICIES.register("buzz")
@@ -21,14 +25,14 @@ from kvhive.slots import Column, Slots
 class Buzz(Policy):
     """Sinks, a window, and between them a sample of the past that thins out with age.
 
-    The cache is `[sinks | sample | fresh | window]`; fresh is what has left the window since the last
-    event. When sample and fresh together exceed the threshold, the sample is thinned (every
+    The cache is `[sinks | sample | fresh | window]`; fresh is what has left the window since the
+    last event. When sample and fresh together exceed the threshold, the sample is thinned (every
     ceil(stride/2)-th entry stays) and each block of `stride` fresh tokens hands its most attended
     token to the sample. A prompt too long for one event is thinned further at once ("drain").
     `history="log"` keeps the past in generations instead, see `docs/methods/buzz.md`.
 
-    Source: Zhao et al. 2024, arXiv:2410.23079; the authors' code where the two differ. Ties: the older
-    token. State: float32 score per slot (not for `no_max`), one sample size per head.
+    Source: Zhao et al. 2024, arXiv:2410.23079; the authors' code where the two differ. Ties: the
+    older token. State: float32 score per slot (not for `no_max`), one sample size per head.
     """
 
     source: ClassVar[str] = "arXiv:2410.23079"
@@ -55,24 +59,48 @@ class Buzz(Policy):
     allow_unbounded: bool = knob(False, "permit stride 1 or 2, with which nothing is ever thinned")
 
     def __post_init__(self) -> None:
+        for name, least in (("sink", 0), ("window", 1), ("threshold", 2), ("cells", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"buzz: {name} must be at least {least}, got {value}")
         _one_of("variant", self.variant, ("accum", "fast", "no_max"))
         _one_of("prefill", self.prefill, ("step", "streamed"))
         _one_of("prefill_stride", self.prefill_stride, (None, "fit"))
         _one_of("match", self.match, ("peak", "mean"))
         _one_of("history", self.history, ("thin", "log"))
-        for name, least in (("sink", 0), ("window", 1), ("threshold", 2), ("cells", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"buzz: {name} must be at least {least}, got {value}")
-        if self.stride < 1 or (self.stride < 3 and not self.allow_unbounded):
-            raise ValueError(
-                f"buzz: stride must be at least 3, got {self.stride}; with 1 or 2 old tokens are never "
-                "thinned and the cache grows without bound (allow_unbounded=True permits that)"
-            )
-        if self.cells is not None and self.history != "log":
+        if self.stride < 1:
+            raise ValueError(f"buzz: stride must be at least 1, got {self.stride}")
+        if self.history == "log":
+            self._check_log()
+        else:
+            self._check_thin()
+
+    def _check_thin(self) -> None:
+        if self.cells is not None:
             raise ValueError(f"buzz: cells={self.cells} is for history='log' only")
-        if self.history == "log" and (self.prefill, self.prefill_stride) != ("step", None):
-            raise ValueError("buzz: history='log' has its own prefill; leave prefill knobs alone")
+        if self.match == "mean" and not (self.window is None and self.threshold is None):
+            raise ValueError("buzz: match='mean' sizes window and threshold itself; leave them out")
+        if self.old_stride > 1:
+            return
+        if not self.allow_unbounded:
+            raise ValueError(
+                f"buzz: stride must be at least 3, got {self.stride}; with 1 or 2 old tokens are "
+                "never thinned and the cache grows for ever (allow_unbounded=True permits that)"
+            )
+        if self.prefill == "streamed":
+            raise ValueError(
+                f"buzz: prefill='streamed' needs a stride of 3 or more, got {self.stride}"
+            )
+
+    def _check_log(self) -> None:
+        for name in ("prefill", "prefill_stride", "drain", "match", "allow_unbounded"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"buzz: {name} is for history='thin' only")
+        if self.threshold is not None and self.threshold < 2 * self.stride:
+            raise ValueError(
+                "buzz: history='log' needs a threshold of at least 2 * stride = "
+                f"{2 * self.stride}, got {self.threshold}"
+            )
 
     @property
     def old_stride(self) -> int:
@@ -98,10 +126,12 @@ class Buzz(Policy):
     @property
     def least_budget(self) -> int:
         """Sinks, window, and the smallest threshold."""
-        threshold = self.threshold or (2 * self.stride if self.history == "log" else 2)
-        sink = 1 if self.sink is None else self.sink
-        window = self.window or max(1, math.ceil(threshold * 2 / 5))
-        return sink + window + threshold
+        room = self.threshold or self._least_room
+        window = self.window or max(1, math.ceil(room * 2 / 5))
+        sink = self._given_sink
+        if sink is None:
+            sink = 1 if 4 + room + window <= SMALL else 4
+        return sink + room + window
 
     @property
     def takes_own_size(self) -> bool:
@@ -111,22 +141,24 @@ class Buzz(Policy):
     @property
     def implied_budget(self) -> int | None:
         """sink + window + threshold, when all are given."""
-        if self.window is None or self.threshold is None:
+        if self.window is None or self.threshold is None or self._given_sink is None:
             return None
-        return (4 if self.sink is None else self.sink) + self.window + self.threshold
+        return self._given_sink + self.window + self.threshold
 
     def own_limit(self, seen: int) -> int | None:
         """sink + window + cells * (stride + generations of `seen` tokens)."""
-        if self.cells is None or self.window is None:
+        if self.cells is None or self.window is None or self._given_sink is None:
             return None
-        sink = 4 if self.sink is None else self.sink
-        return sink + self.window + self.cells * (self.stride + generations(seen, self.stride))
+        room = self.cells * (self.stride + generations(seen, self.stride))
+        return self._given_sink + self.window + room
 
     def peak(self, budget: int) -> int:
-        """The most tokens held for a nominal budget: more than it when its mean is to be matched."""
+        """The most tokens held for a nominal budget: more than it when that is to be the mean."""
         if self.match == "peak":
             return budget
-        sink = self._sink(budget)
+        sink = self._given_sink
+        if sink is None:
+            sink = 4 if budget >= SMALL else 1
         rho = (1 / self.stride) / (1 - 1 / self.old_stride + 1 / self.stride)
         return sink + round(1.4 * (budget - sink) / (0.4 + (1 + rho) / 2))
 
@@ -136,97 +168,116 @@ class Buzz(Policy):
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """accum: add the step's column sums; fast: only this step's count."""
+        if seen.columns is None:
+            return
         if self.variant == "accum":
             slots["score"].add_(seen.columns)
-        elif self.variant == "fast":
+        else:
             slots["score"].copy_(seen.columns)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """Events where a head is over its budget; see the class."""
+        """Events where a head is over its budget; see the class.
+
+        A budget with no room for a sample (making room for a long turn may ask for one) leaves the
+        sinks and the newest tokens.
+        """
+        regions, counter = self._regions(budget), slots.counters["sample"]
+        over, bare = slots.count > budget, regions.room < self._least_room
         rule = self._log if self.history == "log" else self._thin
-        over = slots.count > budget
-        alive, sample = rule(slots, budget)
-        held = slots.counters["sample"]
-        held.copy_(torch.where(over, sample.to(held.dtype), held))
+        held = rule(slots, regions, over & ~bare)
+        ends = slots.valid & (slots.rank < regions.sink[..., None])
+        ends = ends | recent(slots, budget - regions.sink)
+        alive, sample = hive.choose(over & bare, (ends, torch.zeros_like(budget)), held)
+        if self.history == "log":
+            slots["level"].masked_fill_((over & bare)[..., None], 0)
+        counter.copy_(torch.where(over, sample.to(counter.dtype), counter))
         return alive
 
-    def _sink(self, budget: int) -> int:
-        return self.sink if self.sink is not None else (4 if budget >= 32 else 1)
+    @property
+    def _given_sink(self) -> int | None:
+        """The number of sinks where the knobs alone decide it; None where the budget does."""
+        if self.sink is not None:
+            return self.sink
+        sized = self.threshold is not None or self.cells is not None
+        return 4 if sized and self.window is not None else None
 
-    def _regions(self, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sinks, window and threshold of each head, int64 `[b, K]`, adding up to the budget."""
-        few = torch.where(budget >= 32, 4, 1)
-        sink = few if self.sink is None else torch.full_like(budget, self.sink)
+    @property
+    def _least_room(self) -> int:
+        """The smallest threshold with which events make room."""
+        return 2 * self.stride if self.history == "log" else 2
+
+    def _regions(self, budget: Tensor) -> Regions:
+        given = self._given_sink
+        sink = torch.where(budget < SMALL, 1, 4)
+        if given is not None:
+            sink = torch.full_like(budget, given)
         if self.window is not None:
             window = torch.full_like(budget, self.window)
         elif self.threshold is not None:
             window = budget - sink - self.threshold
         else:
-            window = ((budget - sink) * (2 / 7)).round().long().clamp_min(1)
-        return sink, window, budget - sink - window
+            window = ((budget - sink) * (2 / 7)).round().long()
+        window = window.clamp_min(1)
+        return Regions(sink, budget - sink - window, window)
 
-    def _thin(self, slots: Slots, budget: Tensor) -> tuple[Tensor, Tensor]:
-        sink, window, threshold = self._regions(budget)
-        score = None if self.variant == "no_max" else slots["score"]
-        alive, sample = slots.valid, slots.counters["sample"].long()
-        stride = torch.full_like(budget, self.stride)
-        while True:
-            held = alive.sum(-1)
-            over = held > budget
-            if not bool(over.any()):
-                return alive, sample
-            length = torch.minimum(held, budget + 1) if self.prefill == "streamed" else held
-            if self.prefill_stride == "fit":
-                fit = hive.ceil_div(length - sink - window, threshold)
-                stride = torch.where(sample == 0, fit.clamp_min(1), self.stride)
-            stay, size = hive.event(
-                alive, sample, length, score, sink, window, stride, self.old_stride
-            )
-            alive = torch.where(over[..., None], stay, alive)
-            sample = torch.where(over, size, sample)
-            if self.prefill == "step":
-                return self._drain(alive, sample, sink, threshold) if self.drain else (alive, sample)
+    def _score(self, slots: Slots) -> Tensor | None:
+        return None if self.variant == "no_max" else slots["score"]
+
+    def _thin(self, slots: Slots, regions: Regions, over: Tensor) -> tuple[Tensor, Tensor]:
+        held = slots.valid, slots.counters["sample"].long()
+        if self.prefill == "step":
+            held = hive.choose(over, self._event(slots, *held, slots.count, regions), held)
+            return self._drain(*held, regions, over) if self.drain else held
+        most = regions.budget
+        while bool(over.any()):  # as if tokens came one by one: an event whenever one is too many
+            held = hive.choose(over, self._event(slots, *held, most + 1, regions), held)
+            over = over & (held[0].sum(-1) > most)
+        return held
+
+    def _event(
+        self, slots: Slots, alive: Tensor, sample: Tensor, length: Tensor, regions: Regions
+    ) -> tuple[Tensor, Tensor]:
+        stride = torch.full_like(sample, self.stride)
+        if self.prefill_stride == "fit":
+            fit = hive.ceil_div(length - regions.sink - regions.window, regions.room.clamp_min(1))
+            stride = torch.where(sample == 0, fit.clamp_min(1), stride)
+        score = self._score(slots)
+        return hive.event(alive, sample, length, score, regions, stride, self.old_stride)
 
     def _drain(
-        self, alive: Tensor, sample: Tensor, sink: Tensor, threshold: Tensor
+        self, alive: Tensor, sample: Tensor, regions: Regions, over: Tensor
     ) -> tuple[Tensor, Tensor]:
-        while self.old_stride > 1 and bool((full := sample > threshold).any()):
-            stay, size = hive.thin(alive, sample, sink, self.old_stride)
-            alive = torch.where(full[..., None], stay, alive)
-            sample = torch.where(full, size, sample)
-        return alive, sample
+        held = alive, sample
+        while self.old_stride > 1 and bool((full := over & (held[1] > regions.room)).any()):
+            held = hive.choose(full, hive.thin(*held, regions.sink, self.old_stride), held)
+        return held
 
-    def _log(self, slots: Slots, budget: Tensor) -> tuple[Tensor, Tensor]:
-        sink, window, room = self._regions(budget)
-        score = None if self.variant == "no_max" else slots["score"]
-        alive, sample, level = slots.valid, slots.counters["sample"].long(), slots["level"].long()
-        over = (slots.count > budget)[..., None]
-        old_end = (sink + sample)[..., None]
-        rank = slots.rank
-        blocks = (slots.count - sink - sample - window).clamp_min(0) // self.stride
-        fresh = alive & (rank >= old_end) & (rank < old_end + (blocks * self.stride)[..., None])
-        picked = hive.winners(((rank - old_end) // self.stride).clamp_min(0), fresh, score)
-        level = torch.where(picked, 1, level)
-        stay, level = hive.fold_generations(
-            alive & (~fresh | picked), level, score, self._cells(slots, room)
+    def _log(self, slots: Slots, regions: Regions, over: Tensor) -> tuple[Tensor, Tensor]:
+        score, held = self._score(slots), slots["level"].long()
+        stay, level, loose = hive.close_cells(
+            slots.valid, held, slots.counters["sample"].long(), score, regions, self.stride
         )
-        loose = slots.count - sink - sample - window - blocks * self.stride
-        stay = hive.merge_oldest(stay, level, score, (room - loose).clamp_min(1))
-        slots["level"].copy_(torch.where(over, level, slots["level"].long()))
-        return torch.where(over, stay, alive), (stay & (level > 0)).sum(-1)
+        stay, level = hive.fold_generations(stay, level, score, self._cells(slots, regions.room))
+        stay = hive.merge_oldest(stay, level, score, (regions.room - loose).clamp_min(1))
+        slots["level"].copy_(torch.where(over[..., None], level, held))
+        sample = (stay & (level > 0)).sum(-1)
+        return hive.choose(over, (stay, sample), (slots.valid, sample))
 
     def _cells(self, slots: Slots, room: Tensor) -> Tensor:
         """Cells a generation: as given, or so that all generations fill half of the room."""
         if self.cells is not None:
             return torch.full_like(room, self.cells)
-        seen = hive.tokens_seen(slots)
-        depth = (1 + seen / self.stride).log2().ceil().clamp_min(1)
-        return (room / 2 / depth).long().clamp_min(1)
+        blocks = hive.ceil_div(hive.tokens_seen(slots), self.stride)
+        depth = torch.frexp(blocks.double()).exponent.clamp_min(1)  # its binary digits
+        return (room // (2 * depth)).clamp_min(1)
 
 
 def generations(seen: int, stride: int) -> int:
-    """The most generations a history of `seen` tokens can have: cells of one span stride * 2^(g-1)."""
-    return max(1, math.ceil(math.log2(1 + seen / stride)))
+    """The most generations a history of `seen` tokens can have: cells of one span stride * 2^(g-1).
+
+    The number of binary digits of ceil(seen / stride), at least 1.
+    """
+    return max(1, (-(-seen // stride)).bit_length())
 
 
 def _one_of(knob_name: str, value: object, allowed: tuple[object, ...]) -> None:

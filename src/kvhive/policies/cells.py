@@ -1,6 +1,8 @@
-"""Cells: runs of neighbouring tokens of which one, the local heavy hitter, survives. Pure functions."""
+"""Cells: runs of neighbouring tokens of which one, the local heavy hitter, survives."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +10,28 @@ from torch import Tensor
 from kvhive.slots import Slots
 
 
+class Regions(NamedTuple):
+    """A head's budget by region, int64 `[b, K]` each: sinks, room for sample and fresh, window."""
+
+    sink: Tensor
+    room: Tensor
+    window: Tensor
+
+    @property
+    def budget(self) -> Tensor:
+        """Their sum."""
+        return self.sink + self.room + self.window
+
+
+def choose(
+    which: Tensor, this: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Slots alive and sample size: `this` for heads in `which` (bool `[b, K]`), else `other`."""
+    return torch.where(which[..., None], this[0], other[0]), torch.where(which, this[1], other[1])
+
+
 def winners(cell: Tensor, member: Tensor, score: Tensor | None) -> Tensor:
-    """One slot of every cell: the best-scored member, ties to the oldest; without scores the oldest.
+    """One slot of every cell: its best-scored member (ties: the oldest); without scores the oldest.
 
     cell: int64 `[b, K, n]`, the cell each member belongs to, in 0..n-1. member: bool `[b, K, n]`.
     Returns bool `[b, K, n]`.
@@ -28,7 +50,7 @@ def winners(cell: Tensor, member: Tensor, score: Tensor | None) -> Tensor:
 
 
 def ranks(alive: Tensor) -> Tensor:
-    """int64 `[b, K, n]`: place among the slots alive (bool), counted from 0; meaningless elsewhere."""
+    """int64 `[b, K, n]`: place among the slots alive (bool) from 0; meaningless elsewhere."""
     return alive.cumsum(-1) - 1
 
 
@@ -37,27 +59,25 @@ def event(
     sample: Tensor,
     length: Tensor,
     score: Tensor | None,
-    sink: Tensor,
-    window: Tensor,
+    regions: Regions,
     stride: Tensor,
     old_stride: int,
 ) -> tuple[Tensor, Tensor]:
-    """One BUZZ event on the first `length` tokens alive, laid out as sinks | sample | fresh | window.
+    """One BUZZ event on the first `length` tokens alive: sinks | sample | fresh | window.
 
     The old sample is thinned by place (every `old_stride`-th entry stays), the fresh tokens are cut
-    into blocks of `stride` and the winner of each stays. Shapes: alive and score `[b, K, n]`, all others
-    int64 `[b, K]`. Returns the slots alive afterwards and the new sample size.
+    into blocks of `stride` and the winner of each stays. Shapes: alive and score `[b, K, n]`, all
+    others int64 `[b, K]`. Returns the slots alive afterwards and the new sample size.
     """
-    rank = ranks(alive)
+    rank, sink = ranks(alive), regions.sink
     old_end = (sink + sample)[..., None]
-    fresh_end = (length - window)[..., None]
     place = rank - sink[..., None]
     in_old = alive & (place >= 0) & (rank < old_end)
-    in_fresh = alive & (rank >= old_end) & (rank < fresh_end)
+    in_fresh = alive & (rank >= old_end) & (rank < (length - regions.window)[..., None])
     block = ((rank - old_end) // stride[..., None]).clamp_min(0)
     picked = winners(block, in_fresh, score)
     stay = (alive & ~in_old & ~in_fresh) | (in_old & (place % old_stride == 0)) | picked
-    fresh = (length - window - sink - sample).clamp_min(0)
+    fresh = (length - regions.window - sink - sample).clamp_min(0)
     return stay, ceil_div(sample, old_stride) + ceil_div(fresh, stride)
 
 
@@ -69,14 +89,37 @@ def thin(alive: Tensor, sample: Tensor, sink: Tensor, old_stride: int) -> tuple[
     return alive & (~in_sample | (place % old_stride == 0)), ceil_div(sample, old_stride)
 
 
+def close_cells(
+    alive: Tensor,
+    level: Tensor,
+    sample: Tensor,
+    score: Tensor | None,
+    regions: Regions,
+    stride: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make each whole block of `stride` fresh tokens a cell of generation 1; one token of it stays.
+
+    Layout: sinks | history (`sample` tokens, level >= 1) | fresh | window. Shapes: alive, level and
+    score `[b, K, n]`, sample int64 `[b, K]`. Returns the slots alive afterwards, their levels, and
+    how many fresh tokens were left over (int64 `[b, K]`, fewer than `stride`).
+    """
+    start = regions.sink + sample
+    fresh = (alive.sum(-1) - start - regions.window).clamp_min(0)
+    loose = fresh % stride
+    place = ranks(alive) - start[..., None]
+    inside = alive & (place >= 0) & (place < (fresh - loose)[..., None])
+    picked = winners((place // stride).clamp_min(0), inside, score)
+    return alive & (~inside | picked), torch.where(picked, 1, level), loose
+
+
 def fold_generations(
     alive: Tensor, level: Tensor, score: Tensor | None, cells: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Merge cells, oldest pairs first, until no generation holds more than `cells` of them.
 
-    alive: bool `[b, K, n]`; level: int64 `[b, K, n]`, the generation of the cell a slot stands for, 0
-    for tokens that are not history; cells: int64 `[b, K]`. A merged pair moves up one generation and
-    its better member (ties: the older) survives. Returns alive and level afterwards.
+    alive: bool `[b, K, n]`; level: int64 `[b, K, n]`, the generation of the cell a slot stands for,
+    0 for tokens that are not history; cells: int64 `[b, K]`. A merged pair moves up one generation
+    and its better member (ties: the older) survives. Returns alive and level afterwards.
     """
     generation = 1
     while bool((alive & (level >= generation)).any()):
@@ -105,5 +148,5 @@ def ceil_div(number: Tensor, by: Tensor | int) -> Tensor:
 
 
 def tokens_seen(slots: Slots) -> Tensor:
-    """int64 `[b, K]`: tokens a row has seen, by the position of its newest slot."""
-    return slots.position[..., -1].long() + 1
+    """int64 `[b, K]`: tokens a row has seen, by the position of its newest token."""
+    return slots.position.amax(-1).long() + 1

