@@ -38,7 +38,8 @@ check: $(VENV)/dev.stamp ## lint, formatting, types and all tests: what CI runs
 	$(BIN)/pytest -q
 
 bench: $(VENV)/demo.stamp ## measure speed and memory
-	$(BIN)/kvhive bench
+	$(BIN)/python benchmarks/speed.py --prompt 4096 --new 128 --recipe full --recipe buzz@0.4
+	$(BIN)/python benchmarks/memory.py --prompt 4096 --recipe full --recipe buzz@0.4
 
 format: $(VENV)/dev.stamp ## format the code and repair what the linter can
 	$(BIN)/ruff check --fix

@@ -157,10 +157,10 @@ def test_an_interrupted_unpacking_leaves_nothing(
 ) -> None:
     model, tokenizer = load(str(folder))
 
-    def interrupted(target: Path) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizer, "save_pretrained", interrupted)
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupted)
     monkeypatch.setattr(kvhive.models, "_from_gguf", lambda *_: (model, tokenizer))
     with pytest.raises(KeyboardInterrupt):
         load()
@@ -212,4 +212,6 @@ def test_smollm2_has_its_own_tokens(smollm2: tuple) -> None:
     assert not hasattr(model.config, "quantization_config")
     # Two line breaks before a number are one token, and every digit is its own.
     assert tokenizer.tokenize("\n\n12") == ["ĊĊ", "1", "2"]
-    assert tokenizer.decode(tokenizer("7 bees, 3.5 m").input_ids) == "7 bees, 3.5 m"
+    assert tokenizer.tokenize(" 7 bees") == ["Ġ", "7", "Ġbees"]
+    text = "  7 bees , 3.5 m: ▁ é 蜂 🐝\n\n12 isn 't"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -6,24 +6,29 @@ name "kvhive", and a model is told to use that name.
 
 from __future__ import annotations
 
-import sys
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvhive.layer import HANDLE, WAITING, HiveLayer
+from kvhive.probe import find_rotations
 from kvhive.rope import Rotation
 
 NAME = "kvhive"
 _LATENT = ("kv_lora_rank", "kv_lora_dim")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 # ---- attention and masks ------------------------------------------------------------------------
@@ -65,19 +70,35 @@ def attention_forward(
 
 
 def mask_forward(
-    *, mask_function: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    *,
+    mask_function: Any,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor | None:
     """transformers' mask contract. Plain causal attention: the 2-D padding mask, or None, untouched.
 
     Causality and eviction are decided where the slots are, so no `[b, 1, q, n]` mask is built; other
-    kinds of mask (sliding or chunked layers, which stay stock) are built as for sdpa.
+    kinds of mask (sliding or chunked layers, which stay stock, and static caches, which hold room for
+    tokens to come) are built as for sdpa.
     """
-    if mask_function is causal_mask_function:
+    WAITING.pop()  # a forward begins: what one that failed left behind does not count
+    no_spare_room = kv_offset == 0 and kv_length == int(q_offset) + q_length
+    if mask_function is causal_mask_function and no_spare_room:
         if attention_mask is not None and bool(attention_mask.all()):
             return None
         return attention_mask
     mask: Tensor | None = sdpa_mask(
-        mask_function=mask_function, attention_mask=attention_mask, **kwargs
+        mask_function=mask_function,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        **kwargs,
     )
     return mask
 
@@ -91,6 +112,10 @@ def _stock_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """sdpa for keys that are not ours; a 2-D padding mask is spelled out for it."""
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} uses s_aux, which sdpa and kvhive do not implement"
+        )
     q, n = query.shape[2], key.shape[2]
     if attention_mask is None and 1 < q < n:
         attention_mask = torch.ones(query.shape[0], n, dtype=torch.bool, device=key.device)
@@ -117,7 +142,9 @@ def _refuse_unsupported(
             )
     causal = kwargs.get("is_causal")
     if causal is False or (causal is None and getattr(module, "is_causal", True) is False):
-        raise ValueError(f"{name} attends to later tokens too; kvhive compresses causal attention only")
+        raise ValueError(
+            f"{name} attends to later tokens too; kvhive compresses causal attention only"
+        )
     if dropout:
         raise ValueError(
             f"{name} asks for attention dropout {dropout}, which a cache for generation does not do; call "
@@ -137,10 +164,11 @@ _FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKey
 
 @dataclass(frozen=True, eq=False)
 class ModelFacts:
-    """What the cache must know of a model: its layers and its rotary embedding.
+    """What the cache must know of a model: its layers and their rotary embeddings.
 
     layers: number of layers. full_layers: indices of the full-attention layers, which are compressed;
-    all others stay stock. rotation: None when the model has no rotary positions we can turn, and then
+    all others stay stock. rotations: how each of those layers turns its keys; a layer without rotary
+    positions is not in it. None when the model has none at all that we can turn, and then
     `no_rotation` says why.
     """
 
@@ -148,7 +176,7 @@ class ModelFacts:
     config: PretrainedConfig
     full_layers: tuple[int, ...]
     trained_length: int | None
-    rotation: Rotation | None
+    rotations: Mapping[int, Rotation] | None
     no_rotation: str
 
     def __deepcopy__(self, memo: object) -> ModelFacts:
@@ -166,19 +194,19 @@ class ModelFacts:
 
         Raises `ValueError` when "cache" was asked for and the model cannot do it.
         """
-        if asked == "cache" and self.rotation is None:
+        if asked == "cache" and self.rotations is None:
             raise ValueError(
                 f"positions='cache' cannot be used with {self.family}: {self.no_rotation}; use "
                 "positions='original'"
             )
-        return asked or (rule if self.rotation is not None else "original")
+        return asked or (rule if self.rotations is not None else "original")
 
 
 def attach(model: PreTrainedModel) -> ModelFacts:
     """Switch the model's attention to kvhive and collect its facts.
 
     Raises `TypeError` for anything but a transformers model, `ValueError` for a model whose attention
-    kvhive cannot serve, naming the reason.
+    kvhive cannot serve, naming the reason; such a model is left as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -187,8 +215,9 @@ def attach(model: PreTrainedModel) -> ModelFacts:
         )
     config = model.config.get_text_config(decoder=True)
     family = type(model).__name__
-    _refuse_family(config, family)
-    if config._attn_implementation != NAME:
+    _refuse_family(model.config, config, family)
+    before = config._attn_implementation
+    if before != NAME:
         model.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:
         raise ValueError(
@@ -196,11 +225,15 @@ def attach(model: PreTrainedModel) -> ModelFacts:
         )
     facts = _FACTS.get(model)
     if facts is None:
-        facts = _FACTS[model] = _collect(model, config, family)
+        try:
+            facts = _FACTS[model] = _collect(model, config, family)
+        except ValueError:
+            model.set_attn_implementation(before)
+            raise
     return facts
 
 
-def _refuse_family(config: PretrainedConfig, family: str) -> None:
+def _refuse_family(whole: PretrainedConfig, config: PretrainedConfig, family: str) -> None:
     if any(getattr(config, name, None) for name in _LATENT):
         raise ValueError(
             f"{family} uses latent attention (its cache holds a compressed latent, not keys and values), "
@@ -210,7 +243,11 @@ def _refuse_family(config: PretrainedConfig, family: str) -> None:
         raise ValueError(
             f"{family} caps its attention logits (softcap), which kvhive does not implement"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"{family} lets several layers share one cache, which kvhive does not support yet"
+        )
+    if getattr(whole, "is_encoder_decoder", False):
         raise ValueError(f"{family} is an encoder-decoder; kvhive compresses decoder-only models")
 
 
@@ -222,48 +259,6 @@ def _collect(model: PreTrainedModel, config: PretrainedConfig, family: str) -> M
             f"{family} has no full-attention layer: all are sliding, linear or shared, and stay small by "
             "themselves; there is nothing to compress"
         )
-    rotation, reason = _find_rotation(model, config)
+    rotations, reason = find_rotations(model, config, full)
     length = getattr(config, "max_position_embeddings", None)
-    return ModelFacts(family, config, full, length, rotation, reason)
-
-
-def _find_rotation(
-    model: PreTrainedModel, config: PretrainedConfig
-) -> tuple[Rotation | None, str]:
-    """The model's rotary embedding as a `Rotation`, checked against the model's own function."""
-    modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    if not modules:
-        return None, "it has no rotary position embedding"
-    embedding = modules[0]
-    kind = getattr(embedding, "rope_type", "default")
-    if not isinstance(kind, str) or kind not in _FIXED_ROPE:
-        return None, f"its rotary embedding changes with length (rope type {kind})"
-    apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
-    if apply is None:
-        return None, "its rotary embedding has a form kvhive does not know"
-    for layout in ("halves", "pairs"):
-        rotation = Rotation(embedding.inv_freq.detach(), layout)  # type: ignore[arg-type]
-        if _agrees(rotation, embedding, apply):
-            return rotation, ""
-    return None, "its rotary embedding has a form kvhive does not know"
-
-
-@torch.no_grad()
-def _agrees(rotation: Rotation, embedding: nn.Module, apply: Any) -> bool:
-    """Whether turning a key that the model wrote at position 3 by 37 gives what it writes at 40."""
-    width = 2 * len(rotation.frequencies)
-    device = embedding.inv_freq.device
-    if device.type == "meta":
-        return rotation.layout == "halves"
-    key = torch.linspace(-1, 1, width, device=device).view(1, 1, 1, width)
-    written = []
-    for position in (3, 40):
-        try:
-            cos, sin = embedding(key, torch.tensor([[position]], device=device))
-            written.append(apply(key, key, cos, sin)[1])
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            return False
-    if written[0].shape != key.shape:
-        return False
-    shift = torch.full((1, 1, 1), 37, device=device)
-    return torch.allclose(rotation.rotate(written[0].float(), shift, 37), written[1].float(), atol=1e-4)
+    return ModelFacts(family, config, full, length, rotations, reason)

@@ -68,4 +68,4 @@ class Budget:
         return max(round(self.share * seen), FLOOR, least)
 
     def __str__(self) -> str:
-        return str(self.tokens) if self.share is None else f"{self.share:g}"
+        return str(self.tokens) if self.share is None else repr(float(self.share))

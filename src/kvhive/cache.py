@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +31,26 @@ class HiveCache(Cache):  # type: ignore[misc]
         self.recipe = recipe
         self.facts = facts
         self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
-        rotation = facts.rotation if self.positions == "cache" else None
+        rotations = facts.rotations if self.positions == "cache" else None
         layers: list[CacheLayerMixin] = facts.stock_layers()
         self.compressed = facts.full_layers
         for place, index in enumerate(self.compressed):
+            policy = recipe.policy.for_layer(place, len(self.compressed))
             layers[index] = HiveLayer(
-                policy=recipe.policy.for_layer(place, len(self.compressed)),
-                budget=recipe.budget,
+                policy=policy,
+                budget=recipe.budget if policy.takes_budget else None,
                 store=recipe.store,
                 spread=self._spread(place),
-                rotation=rotation,
+                rotation=rotations.get(index) if rotations else None,
                 slack=recipe.slack,
+                written=facts.rotations.get(index) if facts.rotations else None,
             )
         super().__init__(layers=layers)
+        if recipe.policy.scope == "model":
+            *earlier, last = self.hive_layers()
+            last.earlier = earlier
+            for layer in earlier:
+                layer.waits = True
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, recipe: Recipe | str) -> HiveCache:
@@ -52,6 +60,23 @@ class HiveCache(Cache):  # type: ignore[misc]
         work and for a model that kvhive does not support, naming what is missing.
         """
         return cls(Recipe.parse(recipe), attach(model))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one layer's new keys and values, `[b, K, q, d]`; return all that the layer holds.
+
+        Raises `ValueError` when the cache was made for another model or batch.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"this cache has {len(self.layers)} layers but was given layer {layer_idx}; a cache "
+                "belongs to one model: make a new one"
+            )
+        held: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return held
 
     def hive_layers(self) -> list[HiveLayer]:
         """The compressed layers, in order."""

@@ -152,8 +152,8 @@ def _smollm2_file() -> Path:
 
 def _unpack_smollm2(file: Path, folder: Path) -> None:
     """Write the model in `file` to `folder`, which appears whole or not at all."""
-    model, tokenizer = _from_gguf(file, {"dtype": "bfloat16"})
-    _split_digits(tokenizer)
+    model, converted = _from_gguf(file, {"dtype": "bfloat16"})
+    tokenizer = _smollm2_tokenizer(converted)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as workshop:
         whole = Path(workshop) / "whole"
@@ -167,16 +167,31 @@ def _unpack_smollm2(file: Path, folder: Path) -> None:
                 raise
 
 
-def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Restore a rule that the conversion drops: SmolLM2 cuts digits apart before anything else.
+def _smollm2_tokenizer(converted: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The vocabulary of `converted` under the rules that SmolLM2 was trained with.
 
-    Without it blank lines before a number become other tokens than those the model was trained on.
+    Releases of transformers make different things of a GGUF file's rules. None cuts digits apart
+    first, so that blank lines before a number become wrong tokens; some end a turn with
+    `<|im_start|>` and decode by the rules of another model.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend: Tokenizer = converted.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([])
     digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=converted.chat_template,
+    )
 
 
 def _cache_root() -> Path:

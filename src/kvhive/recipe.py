@@ -62,8 +62,8 @@ class Recipe:
             )
         if self.positions not in (None, "original", "cache"):
             raise ValueError(f"positions must be 'original' or 'cache', got {self.positions!r}")
-        if self.slack is not None and self.slack < 0:
-            raise ValueError(f"slack must be at least 0, got {self.slack}")
+        if not _fits(self.slack, int | None) or (self.slack is not None and self.slack < 0):
+            raise ValueError(f"slack must be a whole number of at least 0, got {self.slack!r}")
         if self.slack and tokens is not None and self.slack > tokens - self.policy.least_budget:
             raise ValueError(
                 f"slack {self.slack} leaves {name} fewer than its least of {self.policy.least_budget} "
@@ -75,10 +75,13 @@ class Recipe:
         """From its string form, `policy(knob=value, ...)@budget/allocation+store`; only the policy must be.
 
         `positions=` and `slack=` are written among the policy's knobs:
-        `buzz(stride=5, positions=original)@0.4`. Raises `ValueError` naming what is wrong.
+        `buzz(stride=5, positions=original)@0.4`. Raises `ValueError` naming what is wrong, `TypeError`
+        for anything but a string or a recipe.
         """
         if isinstance(text, Recipe):
             return text
+        if not isinstance(text, str):
+            raise TypeError(f"recipe: expected a string such as 'buzz@0.4', got {text!r}")
         policy_part, rest = _take_part(text, text)
         budget: Budget | None = None
         allocation: Allocation = Uniform()
@@ -124,6 +127,8 @@ def _take_part(text: str, whole: str) -> tuple[tuple[str, dict[str, Any]], str]:
         knob, equals, value = piece.partition("=")
         if not equals:
             raise ValueError(f"recipe {whole!r}: write knobs as name=value, got {piece.strip()!r}")
+        if knob.strip() in knobs:
+            raise ValueError(f"recipe {whole!r}: {knob.strip()} is given twice")
         knobs[knob.strip()] = _value(value.strip())
     return (name, knobs), text[match.end() :]
 
@@ -134,7 +139,7 @@ def _value(text: str) -> Any:
         return words[text.lower()]
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
     return tuple(value) if isinstance(value, list) else value
 

@@ -40,7 +40,10 @@ class Rotation:
 
     def rotate(self, keys: Tensor, shift: Tensor, most: int) -> Tensor:
         """Keys `[b, K, n, d]` turned by `shift` (int `[b, K, n]`, 0..most) positions; same dtype."""
-        cos, sin = self._cos_sin(shift, most)
+        return self.turn(keys, *self.cos_sin(shift, most))
+
+    def turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Vectors `[..., d]` turned by angles of these cosines and sines, `[..., r / 2]`; same dtype."""
         half = cos.shape[-1]
         wide = keys.float()
         if self.layout == "halves":
@@ -56,7 +59,8 @@ class Rotation:
             turned = torch.cat([pairs, wide[..., 2 * half :]], -1)
         return turned.to(keys.dtype)
 
-    def _cos_sin(self, shift: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, shift: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 `[..., r / 2]` each, of turns by `shift` (int `[...]`, 0..most)."""
         if self._fine.device != shift.device:
             self._fine, self._coarse = self._fine.to(shift.device), self._coarse.to(shift.device)
         flat, half = shift.reshape(-1), len(self.frequencies)
@@ -70,6 +74,16 @@ class Rotation:
         far = self._coarse.index_select(0, high).view(*shift.shape, -1)
         far_cos, far_sin = far.split(half, -1)
         return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
+
+    def ahead(self, start: Tensor, span: int, most: int) -> tuple[Tensor, Tensor]:
+        """Mean cosine and sine, as `cos_sin`, over the turns by start, ..., start + span - 1 positions.
+
+        Turning by them (`turn`) gives the mean of a vector turned by each. start: int `[...]`, 0..most.
+        """
+        angle = torch.arange(span).double()[:, None] * self.frequencies
+        cos, sin = self.cos_sin(start, most)
+        mean_cos, mean_sin = angle.cos().mean(0).to(cos), angle.sin().mean(0).to(sin)
+        return cos * mean_cos - sin * mean_sin, sin * mean_cos + cos * mean_sin
 
     def _table(self, positions: Tensor) -> Tensor:
         """float32 `[positions, r]`: cosines, then sines."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvhive.memory import zeros
+
 EMPTY = -1
 SHORT_MAX = torch.iinfo(torch.int16).max
 
@@ -36,14 +38,13 @@ def take(tensor: Tensor, index: Tensor, capacity: int) -> Tensor:
     kept = index.shape[-1]
     base = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * n
     rows = tensor.reshape(batch * heads * n, *rest).index_select(0, (index + base).flatten())
-    rows = rows.view(batch, heads, kept, *rest)
-    return rows if capacity == kept else widen(rows, kept, capacity)
+    return widen(rows.view(batch, heads, kept, *rest), kept, capacity)
 
 
 def widen(tensor: Tensor, used: int, capacity: int) -> Tensor:
     """A copy of the first `used` slots of `[b, K, n, *rest]` with room for `capacity`."""
     batch, heads, _, *rest = tensor.shape
-    wide = tensor.new_zeros(batch, heads, capacity, *rest)
+    wide = zeros((batch, heads, capacity, *rest), tensor.dtype, tensor.device)
     wide[:, :, :used] = tensor[:, :, :used]
     return wide
 
@@ -51,7 +52,8 @@ def widen(tensor: Tensor, used: int, capacity: int) -> Tensor:
 class Slots:
     """Positions, and a policy's columns and counters, of `[batch, kv_heads, length]` slots.
 
-    columns: per-slot tensors `[b, K, n, *shape]`; counters: one number per head, `[b, K]`.
+    columns: per-slot tensors `[b, K, n, *shape]`; counters: one number per head, `[b, K]`; state:
+    what a policy knows of a row as a whole, tensors `[b, ...]` it puts there when it first observes.
     Positions count the real tokens of a row, padding excluded, from 0; they are held in 2 bytes until
     a row has seen 32,767 tokens, then in 4.
     """
@@ -77,6 +79,7 @@ class Slots:
             name: torch.zeros(batch, heads, dtype=dtype, device=device)
             for name, dtype in counters.items()
         }
+        self.state: dict[str, Tensor] = {}
 
     @property
     def batch(self) -> int:
@@ -107,6 +110,12 @@ class Slots:
     def __getitem__(self, column: str) -> Tensor:
         """The column's slots in use, a view `[b, K, n, *shape]` that may be written in place."""
         return self._columns[column][:, :, : self.length]
+
+    def reshape(self, column: str, shape: tuple[int, ...]) -> None:
+        """Give a column another trailing shape, all zeros: for what the first step alone can tell."""
+        held = self._columns[column]
+        if held.shape[3:] != shape:
+            self._columns[column] = held.new_zeros(*held.shape[:3], *shape)
 
     def append(self, position: Tensor | int, fresh: int, capacity: int) -> None:
         """Add `fresh` slots at the end; their columns start at zero.
@@ -151,11 +160,13 @@ class Slots:
         self._position = self._position.index_select(0, rows)
         self._columns = {k: v.index_select(0, rows) for k, v in self._columns.items()}
         self.counters = {k: v.index_select(0, rows) for k, v in self.counters.items()}
+        self.state = {k: v.index_select(0, rows) for k, v in self.state.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, spare room included."""
         held = [self._position, *self._columns.values(), *self.counters.values()]
+        held += self.state.values()
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def _resize(self, capacity: int) -> None:

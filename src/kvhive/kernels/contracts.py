@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from kvhive.rope import Rotation
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -39,6 +41,11 @@ class Needs:
         """Whether any attention probability is wanted, so that a fused kernel alone will not do."""
         return self.columns is not None or self.last_rows > 0
 
+    @property
+    def votes(self) -> bool:
+        """Whether a query leaves a trace in what the policy knows, so that it cannot be taken back."""
+        return self.attention or self.queries
+
 
 NOTHING = Needs()
 
@@ -55,6 +62,8 @@ class Observed:
     rows: float32 `[b, H, r, n]`, probabilities of the last `r = min(last_rows, q)` queries.
     keys, values: `[b, K, n, d]` as held. queries: `[b, H, q, d]`.
     fresh: `q`, how many of the slots this step brought.
+    scale: what attention multiplies the product of a query and a key by.
+    rotation: how the layer turns queries and keys; None where they are not turned, or nobody knows how.
     """
 
     fresh: int
@@ -63,3 +72,5 @@ class Observed:
     keys: Tensor | None = None
     values: Tensor | None = None
     queries: Tensor | None = None
+    scale: float = 1.0
+    rotation: Rotation | None = None

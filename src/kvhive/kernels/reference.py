@@ -51,5 +51,6 @@ def attend(
         keys=keys if needs.keys else None,
         values=values if needs.values else None,
         queries=query if needs.queries else None,
+        scale=scale,
     )
     return (weights @ wide_values).to(query.dtype), observed

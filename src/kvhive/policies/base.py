@@ -6,7 +6,7 @@ vectorised over batch and KV heads; there are no loops over tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,18 @@ def knob(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"meaning": meaning})
 
 
+def one_of(policy: str, knob: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise `ValueError`, naming all three, unless a policy's knob has one of the values allowed."""
+    if value not in allowed:
+        raise ValueError(f"{policy}: {knob} must be one of {allowed}, got {value!r}")
+
+
+def at_least(policy: str, knob: str, value: int | float, least: int | float) -> None:
+    """Raise `ValueError`, naming all three, unless a policy's knob is at least `least`."""
+    if value < least:
+        raise ValueError(f"{policy}: {knob} must be at least {least}, got {value}")
+
+
 @dataclass(frozen=True)
 class Knob:
     """One hyper-parameter as the command line and the docs show it."""
@@ -39,7 +51,9 @@ class Policy:
     """Base of all policies. Fields are hyper-parameters, checked in `__post_init__` of the subclass.
 
     Class facts: `source` (paper), `positions` (the rotary rule of the method), `takes_budget`
-    (False: the method sizes itself), `cost` (one line: time and extra memory).
+    (False: the method sizes itself), `cost` (one line: time and extra memory), `scope` ("model": the
+    survivors of all layers are chosen together by `select_all`, so a head may hold more than the budget
+    as long as the heads of the model do not on average).
     """
 
     name: ClassVar[str]
@@ -47,6 +61,7 @@ class Policy:
     cost: ClassVar[str]
     positions: ClassVar[Positions] = "original"
     takes_budget: ClassVar[bool] = True
+    scope: ClassVar[Literal["layer", "model"]] = "layer"
 
     @property
     def needs(self) -> Needs:
@@ -91,6 +106,11 @@ class Policy:
         an eviction costs is spread over that many steps. 0: exactly as the references do."""
         return min(64, budget // 32)
 
+    @property
+    def merges(self) -> bool:
+        """Whether `merge_into` is asked: slots kept may then hold other keys than the model wrote."""
+        return False
+
     def acts(self, decoding: bool) -> bool:
         """Whether the method evicts after such a step: methods for the prompt alone do not in decoding."""
         return True
@@ -102,6 +122,13 @@ class Policy:
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Fold a step's report into the slots' columns. Called once a step, after the slots were added."""
 
+    def weigh(self, slots: Slots, held: Observed) -> None:
+        """Score what is held, right before `select`: for scores that change with the company they are in.
+
+        held: keys and values as attention reads them, where `needs` asks for them, and no attention
+        (`fresh` is 0). Steps that evict nothing do not come here, so reading all keys costs little.
+        """
+
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """Which slots stay: bool `[b, K, n]`, at most `budget` (int64 `[b, K]`) of each head's tokens.
 
@@ -109,6 +136,29 @@ class Policy:
         cache whatever is said of them here.
         """
         raise TypeError(f"{type(self).__name__} does not say which slots survive")
+
+    def select_all(
+        self,
+        slots: Sequence[Slots],
+        limits: Sequence[Tensor],
+        slack: int | None,
+        decoding: bool,
+    ) -> list[Tensor] | None:
+        """With `scope = "model"`, in place of `select`: which slots of each layer stay.
+
+        slots, limits (int64 `[b, K]`): one for each layer, in order. slack: tokens a head, on average, to
+        free beyond need; None: the policy's own. Returns a bool `[b, K, n]` for each layer, or None when
+        no row holds more than the sum of its limits. Rows are judged independently.
+        """
+        raise TypeError(f"{type(self).__name__} does not say which slots survive")
+
+    def merge_into(self, slots: Slots, keep: Tensor) -> Tensor | None:
+        """Into which kept slot each dropped one is folded, before the eviction that `keep` describes.
+
+        int64 `[b, K, n]`, -1 where nothing is folded; None: nowhere at all. The store replaces the key and
+        the value of each target by the plain mean of its own and all that are folded into it.
+        """
+        return None
 
     @classmethod
     def knobs(cls) -> list[Knob]:

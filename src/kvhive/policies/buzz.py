@@ -125,8 +125,10 @@ class Buzz(Policy):
 
     @property
     def least_budget(self) -> int:
-        """Sinks, window, and the smallest threshold."""
-        room = self.threshold or self._least_room
+        """Sinks, window, and the smallest threshold with which events make room."""
+        room = 2 * self.stride if self.history == "log" else 2
+        if self.window is None and self.threshold is not None:
+            room = self.threshold
         window = self.window or max(1, math.ceil(room * 2 / 5))
         sink = self._given_sink
         if sink is None:
@@ -182,7 +184,8 @@ class Buzz(Policy):
         sinks and the newest tokens.
         """
         regions, counter = self._regions(budget), slots.counters["sample"]
-        over, bare = slots.count > budget, regions.room < self._least_room
+        least = self.stride if self.history == "log" else 2  # below it events need not make room
+        over, bare = slots.count > budget, regions.room < least
         rule = self._log if self.history == "log" else self._thin
         held = rule(slots, regions, over & ~bare)
         ends = slots.valid & (slots.rank < regions.sink[..., None])
@@ -200,11 +203,6 @@ class Buzz(Policy):
             return self.sink
         sized = self.threshold is not None or self.cells is not None
         return 4 if sized and self.window is not None else None
-
-    @property
-    def _least_room(self) -> int:
-        """The smallest threshold with which events make room."""
-        return 2 * self.stride if self.history == "log" else 2
 
     def _regions(self, budget: Tensor) -> Regions:
         given = self._given_sink
@@ -258,7 +256,8 @@ class Buzz(Policy):
             slots.valid, held, slots.counters["sample"].long(), score, regions, self.stride
         )
         stay, level = hive.fold_generations(stay, level, score, self._cells(slots, regions.room))
-        stay = hive.merge_oldest(stay, level, score, (regions.room - loose).clamp_min(1))
+        most = (regions.room - loose).clamp_min(1)
+        stay, level = hive.merge_oldest(stay, level, score, most)
         slots["level"].copy_(torch.where(over[..., None], level, held))
         sample = (stay & (level > 0)).sum(-1)
         return hive.choose(over, (stay, sample), (slots.valid, sample))

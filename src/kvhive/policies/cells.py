@@ -134,12 +134,20 @@ def fold_generations(
     return alive, level
 
 
-def merge_oldest(alive: Tensor, level: Tensor, score: Tensor | None, most: Tensor) -> Tensor:
-    """Merge the oldest cells into one, so that at most `most` (int64 `[b, K]`, >= 1) remain."""
+def merge_oldest(
+    alive: Tensor, level: Tensor, score: Tensor | None, most: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge the oldest cells into one, so that at most `most` (int64 `[b, K]`, >= 1) remain.
+
+    The merged cell is of the generation of its oldest part, so that neither generations nor numbers
+    of cells depend on scores. Shapes as in `fold_generations`. Returns alive and level afterwards.
+    """
     history = alive & (level > 0)
-    excess = (history.sum(-1) - most).clamp_min(0)
-    merged = history & (ranks(history) <= excess[..., None]) & (excess > 0)[..., None]
-    return alive & (~merged | winners(torch.zeros_like(level), merged, score))
+    excess = (history.sum(-1) - most).clamp_min(0)[..., None]
+    merged = history & (ranks(history) <= excess) & (excess > 0)
+    stay = winners(torch.zeros_like(level), merged, score)
+    oldest = torch.where(merged, level, 0).amax(-1, keepdim=True)
+    return alive & (~merged | stay), torch.where(stay, oldest, level)
 
 
 def ceil_div(number: Tensor, by: Tensor | int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvhive.slots import Slots
@@ -14,6 +15,11 @@ def sinks(slots: Slots, size: int) -> Tensor:
     return (rank >= 0) & (rank < size)
 
 
+def new_tokens(slots: Slots, fresh: int) -> Tensor:
+    """int64 `[b, K]`: how many of the last `fresh` slots hold a token; of a padded row fewer do."""
+    return slots.valid[:, :, slots.length - fresh :].sum(-1)
+
+
 def recent(slots: Slots, size: Tensor | int) -> Tensor:
     """bool: the last `size` tokens each head holds; size an int, or int `[b, K]`."""
     size = size[..., None] if isinstance(size, Tensor) else size
@@ -21,7 +27,9 @@ def recent(slots: Slots, size: Tensor | int) -> Tensor:
     return (rank >= 0) & (rank >= slots.length - (slots.length - slots.count)[..., None] - size)
 
 
-def keep_top(score: Tensor, candidates: Tensor, number: Tensor, newer_first: bool = False) -> Tensor:
+def keep_top(
+    score: Tensor, candidates: Tensor, number: Tensor, newer_first: bool = False
+) -> Tensor:
     """bool: the `number` (int `[b, K]`) best-scored candidates of each head.
 
     Ties go to the older token, or to the newer one if `newer_first`. A stable sort and not `topk`,
@@ -37,3 +45,19 @@ def keep_top(score: Tensor, candidates: Tensor, number: Tensor, newer_first: boo
     if newer_first:
         place = place.flip(-1)
     return candidates & (place < number[..., None])
+
+
+def grouped(per_query_head: Tensor, kv_heads: int) -> Tensor:
+    """`[b, H, ...]` -> `[b, K, H / K, ...]`: the query heads that share each KV head."""
+    return per_query_head.unflatten(1, (kv_heads, -1))
+
+
+def joint_ranks(value: Tensor, closeness: float) -> Tensor:
+    """int64 `[b, K, n]`: ranks from 0, ascending; neighbours within `closeness` (a share) have one rank.
+
+    For values that would be equal but for their rounding, which may differ from batch to batch.
+    """
+    ordered, order = value.sort(dim=-1)
+    apart = ordered[..., 1:] - ordered[..., :-1] > closeness * ordered[..., 1:].abs()
+    rank = F.pad(apart.cumsum(-1), (1, 0))
+    return torch.empty_like(rank).scatter_(-1, order, rank)

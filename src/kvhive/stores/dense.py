@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kvhive.slots import take, widen
-from kvhive.stores.base import STORES, StoreKind
+from kvhive.stores.base import STORES, Store, StoreKind
+from kvhive.stores.merging import fold
 
 
-class DenseStore:
+class DenseStore(Store):
     """Keys `[b, K, capacity, d]` and values `[b, K, capacity, e]` in the model's dtype.
 
     A prompt is taken over without a copy, decoding writes in place, and room grows by a fixed number of
@@ -40,6 +41,11 @@ class DenseStore:
         assert self._values is not None
         return self._values[:, :, : self.length]
 
+    def read(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Views of the first `slots` keys and values, spare room included."""
+        assert self._keys is not None and self._values is not None
+        return self._keys[:, :, :slots], self._values[:, :, :slots]
+
     def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
         """Add q tokens, keys `[b, K, q, d]` and values `[b, K, q, e]`, with room for `capacity` slots."""
         first, last = self.length, self.length + keys.shape[2]
@@ -60,6 +66,10 @@ class DenseStore:
         self._keys = take(self._keys, source, capacity)
         self._values = take(self._values, source, capacity)
         self.length = index.shape[-1]
+
+    def merge(self, into: Tensor) -> None:
+        """Fold slots into others (`into` int64 `[b, K, n]`, -1 for none) by plain means."""
+        self._keys, self._values = fold(self.keys, into), fold(self.values, into)
 
     def truncate(self, length: int) -> None:
         """Forget the newest slots beyond `length`."""

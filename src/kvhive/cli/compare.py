@@ -1,0 +1,217 @@
+"""`kvhive compare`: the main job."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvhive.cli.console import (
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    PrefillChunk,
+    Threads,
+    check_tokens,
+    command_line,
+    err,
+    load_model,
+    note,
+    out,
+    recipe_bars,
+)
+
+if TYPE_CHECKING:
+    from kvhive.comparison import Result
+    from kvhive.document import Document
+    from kvhive.prompt import Prompt
+
+_DEFAULT_RECIPES = ["full", "buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
+
+
+class Mode(str, Enum):
+    """Whether the question is known when the document is compressed."""
+
+    agnostic = "agnostic"
+    aware = "aware"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(compare)
+
+
+def compare(
+    document: Annotated[
+        str, typer.Argument(metavar="DOC", help="Text, Markdown or PDF file, or - for stdin.")
+    ],
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(metavar="QUESTION", help="Repeat for more. Default: a summary."),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help=f"Repeat for more. Default: {', '.join(_DEFAULT_RECIPES)}.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a self-contained report.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
+    ] = 64,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="agnostic: compress before the question is seen; aware: with it."),
+    ] = Mode.agnostic,
+    prefill_chunk: PrefillChunk = None,
+    max_tokens: MaxTokens = 32_768,
+    model: Model = "smollm2",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Run recipes on one document and [bold]compare[/bold] them: answers, memory, speed, fidelity.
+
+    The full cache always runs, as the reference. Every recipe reads the document, answers each
+    question from a copy of its cache, and is then fed the full cache's answers to compare
+    next-token distributions.
+
+    [dim]$[/dim] kvhive compare a.pdf --ask "Who signed?" -r buzz@0.4 -r h2o@1024 --html out.html
+
+    [dim]$[/dim] man bash | kvhive compare - --ask "What does set -e do?" -r 'buzz(stride=7)@2048'
+    """
+    from kvhive.comparison import REFERENCE
+    from kvhive.comparison import compare as run
+    from kvhive.document import Document
+    from kvhive.html.page import check_writable
+    from kvhive.html.plot import check_plots
+    from kvhive.prompt import DEFAULT_QUESTION, Prompt
+    from kvhive.recipe import Recipe
+
+    recipes = [Recipe.parse(text) for text in recipe or _DEFAULT_RECIPES]
+    if html is not None:
+        check_writable(html)
+        check_plots()
+    source = Document.read(document)
+    questions = ask or [DEFAULT_QUESTION]
+    network, tokenizer = load_model(model, dtype, device, threads)
+    prompt = Prompt.build(tokenizer, source.text, questions)
+    check_tokens(source.name, len(prompt.spans), max_tokens)
+    names = dict.fromkeys(str(one) for one in [REFERENCE, *recipes])
+    with recipe_bars(list(names)) as progress:
+        results = run(
+            network,
+            tokenizer,
+            source.text,
+            questions,
+            recipes,
+            max_new_tokens=max_new_tokens,
+            mode=mode.value,
+            prefill_chunk=prefill_chunk,
+            progress=progress,
+        )
+    facts = _facts(prompt, model, dtype, device, mode)
+    notes = _notes(results, prompt, model)
+    if as_json:
+        print(json.dumps(as_data(results), indent=2, ensure_ascii=False))
+    else:
+        _print(results, source, facts, notes)
+    if html is not None:
+        _write(html, results, source, prompt, facts, notes)
+
+
+def as_data(results: list[Result]) -> list[dict[str, Any]]:
+    """Results as plain values, for JSON."""
+    return [
+        {
+            "recipe": result.recipe,
+            "reference": result.reference,
+            "tokens_seen": result.report.tokens_seen,
+            "tokens_kept": result.report.tokens_kept,
+            "cache_bytes": result.report.nbytes,
+            "times_smaller": result.report.ratio,
+            "prefill_seconds": result.prefill_seconds,
+            "decode_tokens_per_second": result.decode_rate,
+            "kl_nats": result.fidelity.kl if result.fidelity else None,
+            "top1_agreement": result.fidelity.top1 if result.fidelity else None,
+            "answers": [
+                {"question": answer.question, "answer": answer.text} for answer in result.answers
+            ],
+        }
+        for result in results
+    ]
+
+
+def _facts(prompt: Prompt, model: str, dtype: str, device: str, mode: Mode) -> list[str]:
+    import torch
+
+    place = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+    seen = {"agnostic": "compressed before the question is seen", "aware": "question seen"}
+    return [f"{len(prompt.prefix):,} tokens", f"{model} in {dtype}", place, seen[mode.value]]
+
+
+def _notes(results: list[Result], prompt: Prompt, model: str) -> list[str]:
+    notes = []
+    measured = next((result.fidelity for result in results if result.fidelity), None)
+    if measured is None:
+        notes.append(
+            f"The document is longer than {model} was trained on, so there is no full cache to "
+            "compare with: KL divergence and top-1 agreement are missing."
+        )
+    elif measured.positions < 30:
+        notes.append(
+            f"KL divergence and top-1 agreement rest on {measured.positions} answer tokens only; "
+            "ask more for steadier numbers."
+        )
+    if not prompt.chat:
+        notes.append(
+            f'{model} has no chat template: asked in the plain form "Question: ... Answer:".'
+        )
+    return notes
+
+
+def _print(results: list[Result], source: Document, facts: list[str], notes: list[str]) -> None:
+    from kvhive.cli.tables import answer_tables, measure_table
+
+    console = out()
+    console.print(f"\n[bold]{_safe(source.name)}[/bold]  [dim]{_safe(', '.join(facts))}[/dim]\n")
+    console.print(measure_table(results))
+    console.print()
+    for table in answer_tables(results, console.width):
+        console.print(table)
+        console.print()
+    for sentence in notes:
+        note(sentence)
+
+
+def _safe(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _write(
+    path: Path,
+    results: list[Result],
+    source: Document,
+    prompt: Prompt,
+    facts: list[str],
+    notes: list[str],
+) -> None:
+    from kvhive.html.page import write_page
+    from kvhive.html.report import report_page
+    from kvhive.shading import pieces
+
+    words = pieces(source.text, prompt)
+    write_page(path, report_page(results, source.name, facts, notes, words, command_line()))
+    err().print(f"report: [bold]{_safe(str(path))}[/bold]", soft_wrap=True)

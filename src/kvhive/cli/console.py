@@ -1,0 +1,168 @@
+"""What every command shares: where it prints, how it fails, and its common options."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError)
+REFUSED = 2
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="smollm2, a folder, a .gguf file or a Hugging Face id.",
+        rich_help_panel="Model",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="bfloat16, float16 or float32.", rich_help_panel="Model"),
+]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="cpu, cuda, mps ...", rich_help_panel="Model")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads. Default: torch's own choice.", rich_help_panel="Model"),
+]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="TOKENS",
+        help="Read in steps of so many tokens and evict after each, so that memory stays small.",
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Refuse a longer document.")]
+
+
+def out() -> Console:
+    """Results: stdout, as it is now."""
+    return Console(highlight=False)
+
+
+def err() -> Console:
+    """Progress, notes and errors: stderr, so that results can be piped."""
+    return Console(stderr=True, highlight=False)
+
+
+def failed(message: str) -> None:
+    """One red sentence on stderr."""
+    sentence = " ".join(message.split())
+    err().print(Text.assemble(("error: ", "bold red"), (sentence, "red")), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """One quiet sentence on stderr."""
+    err().print(Text.assemble(("note: ", "bold"), (message, "dim")), soft_wrap=True)
+
+
+class Commands(TyperGroup):
+    """Ends a command that was given something it cannot use with one sentence and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; no traceback for what a user can cause."""
+        try:
+            return super().invoke(ctx)
+        except _EXPECTED as error:
+            if os.environ.get("KVHIVE_DEBUG"):
+                raise
+            failed(_sentence(error))
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            failed("out of memory; give a shorter text, or read it with --prefill-chunk 512")
+        raise typer.Exit(REFUSED)
+
+
+def load_model(
+    name: str, dtype: str, device: str, threads: int | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`kvhive.models.load` with a sign of life, and without the advice transformers logs."""
+    with err().status(f"loading {name}"):
+        import torch
+        from transformers.utils import logging
+
+        from kvhive.models import load
+
+        logging.set_verbosity_error()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        _check_device(torch, device)
+        return load(name, dtype=dtype, device=device)
+
+
+def check_tokens(name: str, tokens: int, most: int) -> None:
+    """Raises `ValueError` for a document of more than `most` tokens."""
+    if tokens > most:
+        raise ValueError(
+            f"{name} has {tokens:,} tokens, more than --max-tokens {most:,}: give a part of it, or "
+            "raise the limit (reading time grows with the square of the length)"
+        )
+
+
+def command_line() -> str:
+    """The command as it was typed, for the footer of a page."""
+    return shlex.join(["kvhive", *sys.argv[1:]])
+
+
+@contextmanager
+def recipe_bars(recipes: list[str]) -> Iterator[Any]:
+    """A progress bar for every recipe on stderr; yields what `compare(progress=...)` wants."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28, complete_style="yellow", finished_style="green"),
+        TextColumn("{task.fields[doing]}", style="dim"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err(), transient=True) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def add(recipe: str) -> None:
+            bars[recipe] = progress.add_task(recipe, total=1.0, start=False, doing="waiting")
+
+        def tell(recipe: str, doing: str, share: float) -> None:
+            if recipe not in bars:
+                add(recipe)
+            progress.start_task(bars[recipe])
+            progress.update(bars[recipe], completed=share, doing=doing)
+            if share >= 1:
+                progress.stop_task(bars[recipe])
+
+        for recipe in recipes:
+            add(recipe)
+        yield tell
+
+
+def _sentence(error: BaseException) -> str:
+    """What the error says; a file's name where the system says only why."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, MemoryError):
+        return "out of memory; give a shorter text, or read it with --prefill-chunk 512"
+    return str(error) or type(error).__name__
+
+
+def _check_device(torch: Any, device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from None

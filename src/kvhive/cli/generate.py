@@ -1,0 +1,97 @@
+"""`kvhive generate`: stream an answer through a compressed cache."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvhive.cli.console import Device, Dtype, Model, PrefillChunk, Threads, err, load_model, note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(generate)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
+    prefill_chunk: PrefillChunk = None,
+    model: Model = "smollm2",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """[bold]Generate[/bold] text through a compressed cache, then say what the cache holds.
+
+    [dim]$[/dim] kvhive generate "Tell me about bees." --recipe 'buzz@256'
+
+    [dim]$[/dim] cat letter.txt | kvhive generate - --recipe h2o@0.3 --max-new-tokens 400
+    """
+    import torch
+
+    from kvhive.cache import HiveCache
+    from kvhive.decoding import check_length, decode, end_tokens, read
+    from kvhive.document import STDIN, Document
+    from kvhive.prompt import chat_ids
+    from kvhive.recipe import Recipe
+
+    parsed = Recipe.parse(recipe)
+    text = Document.read(STDIN).text if prompt == STDIN else prompt
+    if not text.strip():
+        raise ValueError("the prompt is empty: give a text, or - to read it from stdin")
+    network, tokenizer = load_model(model, dtype, device, threads)
+    ids = chat_ids(tokenizer, text)
+    cache = HiveCache.for_model(network, parsed)
+    check_length(cache, len(ids), max_new_tokens, prefill_chunk)
+    if not tokenizer.chat_template:
+        note(f"{model} has no chat template: it continues the text as it is.")
+    torch.manual_seed(seed)
+    with err().status(f"reading {len(ids):,} tokens"):
+        logits = read(network, cache, ids, prefill_chunk)
+    ends = end_tokens(network, tokenizer)
+    writer = _Writer(tokenizer)
+    for token, _ in decode(network, cache, logits, max_new_tokens, ends, temperature):
+        writer.add(token)
+    writer.end()
+    err().print(f"[dim]{parsed}: {cache.report()}[/dim]", soft_wrap=True)
+
+
+class _Writer:
+    """Prints tokens as they come; a letter made of several tokens waits until it is whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._printed = 0
+
+    def add(self, token: int) -> None:
+        """Print what the new token completes."""
+        self._ids.append(token)
+        text = self._text()
+        if not text.endswith("\ufffd"):
+            self._write(text)
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        self._write(self._text() + "\n")
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text[self._printed :])
+        sys.stdout.flush()
+        self._printed = len(text)

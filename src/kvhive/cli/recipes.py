@@ -1,0 +1,162 @@
+"""`kvhive recipes`: every method with its knobs, from the registries alone."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from kvhive.cli.console import out
+
+if TYPE_CHECKING:
+    from kvhive.kernels import Needs
+    from kvhive.policies import Policy
+    from kvhive.registry import Registry
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(recipes)
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One method, with its knobs.")
+    ] = None,
+) -> None:
+    """List all methods, or one with its knobs, defaults and source.
+
+    [dim]$[/dim] kvhive recipes
+
+    [dim]$[/dim] kvhive recipes buzz
+    """
+    from kvhive.allocations import ALLOCATIONS
+    from kvhive.policies import POLICIES
+    from kvhive.stores import STORES
+
+    console = out()
+    parts: list[tuple[str, Registry[Any]]] = [
+        ("allocation", ALLOCATIONS),
+        ("store", STORES),
+    ]
+    if name is None:
+        _print_all(console, POLICIES, parts)
+        return
+    for kind, registry in parts:
+        if name in registry:
+            console.print(Group(_heading(name, kind), _about(registry[name])))
+            console.print(_knob_table(registry[name]))
+            return
+    policy = POLICIES[name]
+    console.print(Group(_heading(name, "policy"), _about(policy), _facts(policy)))
+    console.print(_knob_table(policy))
+
+
+def needs_text(needs: Needs) -> str:
+    """What a policy asks of attention, in words."""
+    wants = []
+    if needs.columns is not None:
+        squares = {"sum": "column sums", "square": "column sums of squares"}
+        wants.append(squares[needs.columns])
+    if needs.last_rows:
+        wants.append(f"last {needs.last_rows} rows")
+    wants += [part for part in ("keys", "queries", "values") if getattr(needs, part)]
+    return ", ".join(wants) or "nothing"
+
+
+def _print_all(
+    console: Console, policies: Registry[Policy], parts: list[tuple[str, Registry[Any]]]
+) -> None:
+    console.print(Text("policy @ budget / allocation + store", style="bold yellow"))
+    console.print(
+        "A recipe says which tokens survive, how many, and how they are held:\n"
+        "  buzz@0.4                 40 % of the tokens seen\n"
+        "  h2o(recent=64)@1024      1,024 tokens for every KV head, 64 of them the most recent\n"
+        "  streaming_llm@0.4/uniform+dense\n"
+    )
+    table = _table("policies", "policy", "keeps", "needs", "positions", "source")
+    for name, policy in policies.items():
+        table.add_row(
+            Text(name, style="bold"),
+            _first_line(policy),
+            needs_text(policy().needs),
+            policy.positions,
+            policy.source,
+        )
+    console.print(table)
+    for kind, registry in parts:
+        table = _table(f"{kind}s", kind, "does")
+        for name, member in registry.items():
+            table.add_row(Text(name, style="bold"), _first_line(member))
+        console.print(table)
+    console.print(Text("kvhive recipes NAME shows one with its knobs", style="dim"))
+
+
+def _heading(name: str, kind: str) -> Text:
+    return Text.assemble((name, "bold yellow"), (f"  {kind}", "dim"))
+
+
+def _about(member: type[Any]) -> Padding:
+    """The whole docstring, paragraphs kept and their lines joined."""
+    paragraphs = (inspect.getdoc(member) or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return Padding(Text(text.replace("`", "")), (1, 0, 1, 2))
+
+
+def _facts(policy: type[Policy]) -> Padding:
+    default = policy()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    rotary = {"original": "as first written", "cache": "counted inside the cache"}
+    for label, value in (
+        ("source", policy.source),
+        ("needs from attention", needs_text(default.needs)),
+        ("cost", policy.cost),
+        ("positions", rotary[policy.positions]),
+        ("budget", "yes" if policy.takes_budget else "sizes itself"),
+        ("least budget", f"{default.least_budget} tokens" if policy.takes_budget else "-"),
+    ):
+        table.add_row(label, Text(value))
+    return Padding(table, (0, 0, 1, 2))
+
+
+def _knob_table(member: type[Any]) -> Table | Text:
+    if not fields(member):
+        return Text("  no knobs", style="dim")
+    table = _table("knobs", "knob", "default", "meaning")
+    for field in fields(member):
+        meaning = field.metadata.get("meaning", "")
+        table.add_row(Text(field.name, style="bold"), _plain(field.default), Text(meaning))
+    return table
+
+
+def _plain(value: object) -> str:
+    """A default as a recipe writes it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=Text(title, style="dim"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for place, column in enumerate(columns):
+        table.add_column(column, no_wrap=place == 0, overflow="fold")
+    return table
+
+
+def _first_line(member: type[Any]) -> str:
+    """What the docstring says first."""
+    return (inspect.getdoc(member) or "").partition("\n")[0]

@@ -1,0 +1,126 @@
+"""`kvhive show`: the document itself, shaded by what survived."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from kvhive.cli.console import (
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    PrefillChunk,
+    Threads,
+    check_tokens,
+    command_line,
+    err,
+    load_model,
+    out,
+)
+
+if TYPE_CHECKING:
+    from kvhive.shading import Word
+
+# From hardly any head to all of them: dark to bright ground, with letters that stay readable on it.
+_SHADES = (
+    "#b9a98c on #2b2417",
+    "#d9c7a4 on #4a3815",
+    "#f3e6cc on #715012",
+    "#1a1408 on #b87c10",
+    "bold #1a1408 on #ffb020",
+)
+_GONE = "#767676"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(show)
+
+
+def show(
+    document: Annotated[
+        str, typer.Argument(metavar="DOC", help="Text, Markdown or PDF file, or - for stdin.")
+    ],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page instead of printing.")
+    ] = None,
+    prefill_chunk: PrefillChunk = None,
+    max_tokens: MaxTokens = 32_768,
+    model: Model = "smollm2",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """[bold]Show[/bold] a document with its words shaded by how many heads of the model kept them.
+
+    [dim]$[/dim] kvhive show report.txt --recipe buzz@0.4
+
+    [dim]$[/dim] kvhive show report.txt --recipe 'h2o(recent=64)@512' --html kept.html
+    """
+    from kvhive.cache import HiveCache
+    from kvhive.decoding import check_length, read
+    from kvhive.document import Document
+    from kvhive.html.page import check_writable, write_page
+    from kvhive.prompt import Prompt
+    from kvhive.recipe import Recipe
+    from kvhive.shading import pieces, shade
+    from kvhive.survivors import Survivors
+
+    parsed = Recipe.parse(recipe)
+    if html is not None:
+        check_writable(html)
+    source = Document.read(document)
+    network, tokenizer = load_model(model, dtype, device, threads)
+    prompt = Prompt.build(tokenizer, source.text, [])
+    check_tokens(source.name, len(prompt.spans), max_tokens)
+    cache = HiveCache.for_model(network, parsed)
+    check_length(cache, len(prompt.prefix), 0, prefill_chunk)
+    with err().status(f"{parsed}: reading {len(prompt.prefix):,} tokens"):
+        read(network, cache, prompt.prefix, prefill_chunk)
+    survivors = Survivors.of(cache)
+    words = shade(source.text, prompt, survivors)
+    if html is None:
+        console = out()
+        console.print(shaded_text(words))
+        console.print(_legend(len(survivors.rows)))
+        console.print(f"[bold]{parsed}[/bold]  {cache.report()}", soft_wrap=True)
+        return
+    from kvhive.html.kept import kept_page
+
+    facts = [str(parsed), f"{model} in {dtype}"]
+    tokens = pieces(source.text, prompt)
+    text = kept_page(words, tokens, survivors, cache.report(), source.name, facts, command_line())
+    write_page(html, text)
+    err().print(Text.assemble("page: ", (str(html), "bold")), soft_wrap=True)
+
+
+def shaded_text(words: list[Word]) -> Text:
+    """The document for the terminal; a word's ground is the brighter the more heads kept it."""
+    text = Text()
+    for word in words:
+        text.append(word.text, style=_style(word.share))
+    return text
+
+
+def _style(share: float | None) -> str:
+    if share is None:
+        return ""
+    if not share:
+        return _GONE
+    return _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
+
+
+def _legend(heads: int) -> Text:
+    legend = Text("\nkept by ", style="dim")
+    legend.append(" no ", style=_GONE)
+    steps = len(_SHADES)
+    for place, style in enumerate(_SHADES, start=1):
+        limit = f"< {heads * place / steps:.0f}" if place < steps else f"<= {heads}"
+        legend.append(f" {limit} ", style=style)
+    legend.append(f" of {heads} heads", style="dim")
+    return legend

@@ -1,0 +1,172 @@
+"""Run the probes of an item: each alone on one compressed context, or as turns of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from kvhive.evaluation.framing import Frame
+from kvhive.evaluation.items import Held, Item, Outcome, Part, Performance, Probe
+from kvhive.evaluation.voices import Forced, Script, Stage, Voice, held
+from kvhive.recipe import Recipe
+
+Mode = Literal["agnostic", "aware", "stream"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How to ask: the stage, the chat form, the ids that end an answer, the recipes."""
+
+    stage: Stage
+    frame: Frame
+    ends: frozenset[int]
+    recipes: tuple[Recipe, ...]
+
+    def with_recipes(self, recipes: Sequence[Recipe]) -> Asked:
+        """The same for other recipes."""
+        return Asked(self.stage, self.frame, self.ends, tuple(recipes))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        return self.frame.tokenizer
+
+
+def ask(asked: Asked, item: Item, context: Part, mode: Mode, most: int) -> list[Performance]:
+    """Every probe from the same compressed context; what a question adds is not kept.
+
+    context: the item's prefix or its bare form. In mode "agnostic" the context is compressed alone;
+    in mode "aware" together with the question, anew for each of the first `most` probes.
+    """
+    prefix = asked.frame.prefix(item, context)
+    if mode == "agnostic":
+        return _from_one_prompt(asked, item, prefix)
+    told: list[list[Outcome]] = [[] for _ in asked.recipes]
+    starts: list[Held] = []
+    for probe in item.probes[:most]:
+        voices = asked.stage.read((*prefix, *asked.frame.query(item, probe)), asked.recipes)
+        starts = starts or [held(voice.cache) for voice in voices]
+        for outcomes, outcome in zip(told, _answer(asked, item, probe, voices), strict=True):
+            outcomes.append(outcome)
+    return _performances(voices, starts, told)
+
+
+def _from_one_prompt(asked: Asked, item: Item, prefix: tuple[int, ...]) -> list[Performance]:
+    voices = asked.stage.read(prefix, asked.recipes)
+    starts = [held(voice.cache) for voice in voices]
+    if len(item.probes) == 1:
+        asked.stage.advance(voices, asked.frame.query(item, item.probes[0]))
+        answered = [_answer(asked, item, item.probes[0], voices)]
+    else:
+        answered = _answer_all(asked, item, voices)
+    return _performances(voices, starts, [list(one) for one in zip(*answered, strict=True)])
+
+
+def converse(asked: Asked, item: Item, context: Part, mode: Mode, most: int) -> list[Performance]:
+    """The probes as turns on one cache; the gold answers, not the model's own, become its history.
+
+    In mode "aware" the first question is compressed together with the context, as in SCBench.
+    """
+    prefix, first = asked.frame.prefix(item, context), asked.frame.query(item, item.probes[0])
+    voices = asked.stage.read((*prefix, *first) if mode == "aware" else prefix, asked.recipes)
+    starts = [held(voice.cache) for voice in voices]
+    if mode == "agnostic":
+        asked.stage.advance(voices, first)
+    told: list[list[Outcome]] = [[] for _ in voices]
+    for place, probe in enumerate(item.probes):
+        if place:
+            before = item.probes[place - 1]
+            turn = (*asked.frame.reply(item, before), *asked.frame.query(item, probe))
+            asked.stage.advance(voices, turn)
+        for outcomes, outcome in zip(told, _answer(asked, item, probe, voices), strict=True):
+            outcomes.append(outcome)
+    return _performances(voices, starts, told)
+
+
+def _answer(asked: Asked, item: Item, probe: Probe, voices: list[Voice]) -> list[Outcome]:
+    """One probe, its question already fed; the voices stay where they are."""
+    target, choices = asked.frame.target(probe), [asked.frame.ids(one) for one in probe.choices]
+    scripts = [Script(ids) for ids in (target, *choices) if ids]
+    forced = asked.stage.force(voices, scripts) if scripts else [[] for _ in voices]
+    texts = _write(asked, probe, voices)
+    return [
+        _outcome(results, bool(target), text) for results, text in zip(forced, texts, strict=True)
+    ]
+
+
+def _answer_all(asked: Asked, item: Item, voices: list[Voice]) -> list[list[Outcome]]:
+    """All probes of an item, `[probe][voice]`; questions and answers that are scored go in one batch."""
+    frame = asked.frame
+    scripts: list[Script] = []
+    spans: list[tuple[int, int]] = []
+    for probe in item.probes:
+        query = frame.query(item, probe)
+        given = [frame.target(probe), *map(frame.ids, probe.choices)]
+        begin = len(scripts)
+        scripts += [Script((*query, *answer), len(query)) for answer in given if answer]
+        spans.append((begin, len(scripts)))
+    forced = asked.stage.force(voices, scripts) if scripts else [[] for _ in voices]
+    answered = []
+    for probe, (begin, end) in zip(item.probes, spans, strict=True):
+        texts: list[str | None] = [None] * len(voices)
+        if probe.limit:
+            copies = [voice.fork() for voice in voices]
+            asked.stage.advance(copies, frame.query(item, probe))
+            texts = _write(asked, probe, copies)
+        has_target = bool(frame.target(probe))
+        answered.append(
+            [
+                _outcome(results[begin:end], has_target, text)
+                for results, text in zip(forced, texts, strict=True)
+            ]
+        )
+    return answered
+
+
+def _write(asked: Asked, probe: Probe, voices: list[Voice]) -> list[str | None]:
+    """Generated answers of copies of the voices, cut before the probe's stop strings."""
+    if not probe.limit:
+        return [None] * len(voices)
+    copies = [voice.fork() for voice in voices]
+    done = _finished(asked, probe.stop)
+    answers = asked.stage.generate(copies, probe.limit, done)
+    for voice, copy in zip(voices, copies, strict=True):
+        voice.end = copy.end
+    return [_text(asked, answer, probe.stop) for answer in answers]
+
+
+def _finished(asked: Asked, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
+    def done(answer: list[int]) -> bool:
+        if answer[-1] in asked.ends:
+            return True
+        text = _decoded(asked, answer).lstrip() if stop else ""
+        return any(end in text for end in stop)
+
+    return done
+
+
+def _text(asked: Asked, answer: list[int], stop: tuple[str, ...]) -> str:
+    text = _decoded(asked, [token for token in answer if token not in asked.ends]).lstrip()
+    return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=None)]
+
+
+def _decoded(asked: Asked, ids: list[int]) -> str:
+    return str(asked.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _outcome(forced: Sequence[Forced], has_target: bool, text: str | None) -> Outcome:
+    target = forced[0] if has_target else Forced((), ())
+    choices = tuple(sum(one.logprobs) for one in forced[1 if has_target else 0 :])
+    return Outcome(target.logprobs, target.hits, choices, text)
+
+
+def _performances(
+    voices: list[Voice], starts: list[Held], told: list[list[Outcome]]
+) -> list[Performance]:
+    return [
+        Performance(voice.recipe, tuple(outcomes), start, voice.end)
+        for voice, start, outcomes in zip(voices, starts, told, strict=True)
+    ]

@@ -1,0 +1,279 @@
+"""Recipes at work on token ids: read a prompt, ask on, score given answers, write new ones.
+
+Everything here is teacher forcing and greedy decoding on caches; texts and tasks are not known.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvhive.cache import HiveCache
+from kvhive.decoding import read
+from kvhive.evaluation.choir import Choir, Tee, can_join, reads_like_others
+from kvhive.evaluation.items import Held
+from kvhive.recipe import Recipe
+
+MOST_BYTES = 2**30  # of copies of caches at work at one time
+
+
+@dataclass(eq=False)
+class Voice:
+    """One recipe's cache of one row, and what it says next.
+
+    logits: `[vocabulary]` of the next token; None when nothing was read. singly: whether tokens that
+    follow the prompt must come one at a time, because the recipe evicts while decoding.
+    """
+
+    recipe: str
+    cache: HiveCache
+    logits: Tensor | None
+    singly: bool
+
+    def __post_init__(self) -> None:
+        self.end = held(self.cache)
+
+    def fork(self) -> Voice:
+        """An independent copy."""
+        return Voice(self.recipe, self.cache.fork(), self.logits, self.singly)
+
+
+@dataclass(frozen=True)
+class Script:
+    """Token ids to feed after what was read; those from `start` on are scored."""
+
+    ids: tuple[int, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Of every scored token of a script: its natural log probability, and whether it was the likeliest."""
+
+    logprobs: tuple[float, ...]
+    hits: tuple[bool, ...]
+
+
+def held(cache: HiveCache, rows: int = 1) -> Held:
+    """What the cache holds now, per row."""
+    report = cache.report()
+    kept = float(report.kept.double().mean()) if report.kept.numel() else 0.0
+    return Held(report.tokens_seen, kept, report.nbytes // rows, report.full_nbytes // rows)
+
+
+def evicts_while_decoding(recipe: Recipe) -> bool:
+    """Whether single tokens after the prompt can change what is held of it."""
+    sized = recipe.budget is not None or recipe.policy.own_limit(2**30) is not None
+    return sized and recipe.policy.acts(True)
+
+
+class Stage:
+    """A model, and recipes to run on it.
+
+    block: None reads a prompt in one step, shared by all recipes that allow it; a number feeds it in
+    blocks of so many tokens, after each of which every recipe evicts ("strict").
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, block: int | None = None, most_bytes: int = MOST_BYTES
+    ) -> None:
+        self.model, self.block, self.most_bytes = model, block, most_bytes
+        self._skips_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int], recipes: Sequence[Recipe]) -> list[Voice]:
+        """Every recipe's cache after the prompt, in the order of `recipes`."""
+        caches = [HiveCache.for_model(self.model, recipe) for recipe in recipes]
+        logits: dict[int, Tensor] = {}
+        if ids and self.block is None:
+            shared = [place for place, cache in enumerate(caches) if reads_like_others(cache)]
+            if shared:
+                said = self._step(Tee([caches[place] for place in shared]), [ids], keep=1)[0, -1]
+                logits.update((place, said) for place in shared)
+            for place in set(range(len(caches))) - set(shared):
+                logits[place] = read(self.model, caches[place], ids)
+        elif ids:
+            for start in range(0, len(ids), self.block or 1):
+                block = ids[start : start + (self.block or 1)]
+                said = self._sing(caches, [[block]] * len(caches), keep=1)
+                logits = {place: rows[0, -1] for place, rows in enumerate(said)}
+        return [
+            Voice(str(recipe), cache, logits.get(place), self._singly(cache))
+            for place, (recipe, cache) in enumerate(zip(recipes, caches, strict=True))
+        ]
+
+    def _singly(self, cache: HiveCache) -> bool:
+        return evicts_while_decoding(cache.recipe) or not reads_like_others(cache)
+
+    # ---- going on -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def advance(self, voices: Sequence[Voice], ids: Sequence[int]) -> None:
+        """Feed the same tokens to all voices, as decoding would: nothing is compressed anew."""
+        if not ids:
+            return
+        for group, size in _by_step(voices, len(ids)):
+            caches = [voice.cache for voice in group]
+            for start in range(0, len(ids), size):
+                step = list(ids[start : start + size])
+                said = self._sing(caches, [[step]] * len(group), keep=1)
+            for voice, logits in zip(group, said, strict=True):
+                voice.logits, voice.end = logits[0, -1], held(voice.cache)
+
+    @torch.no_grad()
+    def force(self, voices: Sequence[Voice], scripts: Sequence[Script]) -> list[list[Forced]]:
+        """How likely each voice finds each script, from where it stands; the voices stay as they are.
+
+        The result is `[voice][script]`. Each voice's `end` is set to what its copy held at last.
+        """
+        results: list[list[Forced]] = [[] for _ in voices]
+        longest = max(len(script.ids) for script in scripts)
+        for group, size in _by_step(voices, longest):
+            for batch in self._batches(group, scripts, size):
+                self._force_batch(batch, size, results, voices)
+        return results
+
+    def _batches(
+        self, group: Sequence[Voice], scripts: Sequence[Script], size: int
+    ) -> list[list[tuple[Voice, list[Script]]]]:
+        """Voices with some of their scripts each, together within the memory allowed."""
+        batches: list[list[tuple[Voice, list[Script]]]] = []
+        logits = min(size, max(len(script.ids) - script.start for script in scripts))
+        logits *= 4 * int(self.model.config.get_text_config().vocab_size)
+        room = 0
+        for voice in group:
+            each = held(voice.cache).nbytes + logits
+            waiting = list(scripts)
+            while waiting:
+                if room < each:
+                    batches.append([])
+                    room = max(self.most_bytes, each)
+                count = min(len(waiting), room // each)
+                batches[-1].append((voice, waiting[:count]))
+                waiting, room = waiting[count:], room - count * each
+        return batches
+
+    def _force_batch(
+        self,
+        batch: list[tuple[Voice, list[Script]]],
+        size: int,
+        results: list[list[Forced]],
+        voices: Sequence[Voice],
+    ) -> None:
+        caches = [_copies(voice.cache, len(part)) for voice, part in batch]
+        scripts = [script for _, part in batch for script in part]
+        start, stop = min(script.start for script in scripts), max(len(s.ids) for s in scripts)
+        rows = [[*script.ids, *[script.ids[-1]] * (stop - len(script.ids))] for script in scripts]
+        ids = torch.tensor(rows, device=self.model.device)
+        logprobs = torch.zeros(len(rows), stop, dtype=torch.float64)
+        hits = torch.zeros(len(rows), stop, dtype=torch.bool)
+        if start == 0:
+            first = torch.stack([_said(voice) for voice, part in batch for _ in part])
+            logprobs[:, 0], hits[:, 0] = _score(first, ids[:, 0])
+        counts = [len(part) for _, part in batch]
+        for begin in range(0, stop - 1, size):
+            end = min(begin + size, stop - 1)
+            wanted = end - max(begin, start - 1)
+            said = self._step_choir(caches, counts, ids[:, begin:end], max(1, wanted))
+            for place in range(wanted):
+                at = end - wanted + place + 1
+                logprobs[:, at], hits[:, at] = _score(said[:, place], ids[:, at])
+        place = 0
+        for (voice, part), cache in zip(batch, caches, strict=True):
+            voice.end = held(cache, len(part)) if stop > 1 else voice.end
+            for script in part:
+                scored = slice(script.start, len(script.ids))
+                forced = Forced(
+                    tuple(logprobs[place, scored].tolist()), tuple(hits[place, scored].tolist())
+                )
+                results[voices.index(voice)].append(forced)
+                place += 1
+
+    @torch.no_grad()
+    def generate(
+        self, voices: Sequence[Voice], limit: int, done: Callable[[list[int]], bool]
+    ) -> list[list[int]]:
+        """Greedy answers of at most `limit` tokens, `[voice]`; the voices go on with them.
+
+        done: whether an answer is finished. The last token of an answer is not fed.
+        """
+        answers = [[int(_said(voice).argmax())] for voice in voices]
+        for group, _ in _by_step(voices, 1):
+            writing = list(group)
+            while writing := [
+                voice
+                for voice in writing
+                if len(answer := answers[voices.index(voice)]) < limit and not done(answer)
+            ]:
+                steps = [[answers[voices.index(voice)][-1:]] for voice in writing]
+                said = self._sing([voice.cache for voice in writing], steps, keep=1)
+                for voice, logits in zip(writing, said, strict=True):
+                    voice.logits = logits[0, -1]
+                    answers[voices.index(voice)].append(int(voice.logits.argmax()))
+            for voice in group:
+                voice.end = held(voice.cache)
+        return answers
+
+    # ---- the model ------------------------------------------------------------------------------
+
+    def _sing(
+        self, caches: Sequence[HiveCache], rows: Sequence[Sequence[Sequence[int]]], keep: int
+    ) -> list[Tensor]:
+        """One step for all caches, `rows[cache][row]`; logits of the last `keep` tokens of each."""
+        counts = [len(part) for part in rows]
+        flat = [row for part in rows for row in part]
+        ids = torch.tensor(flat, device=self.model.device)
+        return list(self._step_choir(caches, counts, ids, keep).split(counts))
+
+    def _step_choir(
+        self, caches: Sequence[HiveCache], counts: Sequence[int], ids: Tensor, keep: int
+    ) -> Tensor:
+        if len(caches) == 1:
+            return self._step(caches[0], ids, keep)
+        if all(can_join(cache) for cache in caches):
+            return self._step(Choir(caches, counts), ids, keep)
+        parts = zip(caches, ids.split(list(counts)), strict=True)
+        return torch.cat([self._step(cache, rows, keep) for cache, rows in parts])
+
+    def _step(self, cache: object, ids: Tensor | Sequence[Sequence[int]], keep: int) -> Tensor:
+        tokens = torch.as_tensor(ids, device=self.model.device)
+        only = {"logits_to_keep": keep} if self._skips_logits else {}
+        output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **only)
+        logits: Tensor = output.logits[:, -keep:]
+        return logits
+
+
+def _by_step(voices: Sequence[Voice], length: int) -> list[tuple[list[Voice], int]]:
+    """Voices that take `length` tokens in one step, held still meanwhile, and those that take them singly."""
+    at_once = [voice for voice in voices if not voice.singly]
+    for voice in at_once:
+        voice.cache.freeze()
+    singly = [voice for voice in voices if voice.singly]
+    return [(group, size) for group, size in ((at_once, length), (singly, 1)) if group]
+
+
+def _copies(cache: HiveCache, rows: int) -> HiveCache:
+    copy = cache.fork()
+    if rows > 1:
+        copy.batch_repeat_interleave(rows)
+    return copy
+
+
+def _said(voice: Voice) -> Tensor:
+    if voice.logits is None:
+        raise ValueError("nothing was read yet, so there is no first token to score")
+    return voice.logits
+
+
+def _score(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probability (float64) and arg-max agreement of `token` `[rows]` under `[rows, vocabulary]`."""
+    wide = logits.float()
+    chosen = wide.gather(-1, token[:, None])[:, 0] - wide.logsumexp(-1)
+    return chosen.double().cpu(), (wide.argmax(-1) == token).cpu()

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: no script, font or picture is fetched from anywhere."""

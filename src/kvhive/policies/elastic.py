@@ -1,0 +1,148 @@
+"""Elastic Cache: merge what a prompt can spare, then drop at one fixed place while generating."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvhive.kernels import Needs, Observed
+from kvhive.policies.base import POLICIES, Policy, at_least, knob
+from kvhive.policies.selection import keep_top, new_tokens, recent, sinks
+from kvhive.policies.tova import layer_mean
+from kvhive.slots import Column, Slots
+
+
+@POLICIES.register("elastic")
+@dataclass(frozen=True)
+class Elastic(Policy):
+    """Fold the least attended prompt tokens into their neighbours; later drop one fixed slot.
+
+    A step of several tokens is an instruction. Of all but the first `start` tokens and the last,
+    those to which the layer paid least attention (summed over queries and all heads) are dropped;
+    the key and value of each are averaged into those of the nearest token that stays, its anchor.
+    Ties: the older token is dropped; the older of two equally near anchors takes it in. While
+    single tokens are generated, slot F is dropped whenever there is one too many, so that the head
+    of the prompt and all that is newest stay.
+    Source: Liu et al. 2024, arXiv:2407.18121; the authors' code with the corrections listed in
+    `docs/methods/elastic.md`. State: float32 score per slot, F per head.
+    """
+
+    source: ClassVar[str] = "arXiv:2407.18121"
+    cost: ClassVar[str] = "column sums; a mean of what a prompt drops; 4 bytes a slot"
+
+    start: int = knob(1, "first tokens kept for ever as they are")
+    distance: int = knob(
+        -25, "where slot F is: so far from the end of the prompt as kept; above 0, its index"
+    )
+    drop_ratio: float | None = knob(
+        None, "in place of a budget: share of all tokens seen that is dropped; the cache grows"
+    )
+    merge: bool = knob(True, "average dropped prompt tokens into those kept, or lose them")
+
+    def __post_init__(self) -> None:
+        at_least("elastic", "start", self.start, 0)
+        if self.drop_ratio is not None and not 0 <= self.drop_ratio < 1:
+            raise ValueError(f"elastic: drop_ratio must lie in [0, 1), got {self.drop_ratio}")
+
+    @property
+    def takes_budget(self) -> bool:  # type: ignore[override]  # here it depends on a knob
+        """Not with `drop_ratio`."""
+        return self.drop_ratio is None
+
+    @property
+    def needs(self) -> Needs:
+        """Column sums."""
+        return Needs(columns="sum")
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """Attention received from the tokens of instructions."""
+        return {"score": Column()}
+
+    @property
+    def counters(self) -> Mapping[str, torch.dtype]:
+        """F, and whether the row's last step was an instruction."""
+        return {"fixed": torch.int32, "encoding": torch.bool}
+
+    @property
+    def least_budget(self) -> int:
+        """The first tokens, the last one, and an anchor between them."""
+        return self.start + 2
+
+    @property
+    def merges(self) -> bool:
+        """Unless switched off."""
+        return self.merge
+
+    def own_limit(self, seen: int) -> int | None:
+        """The most slots n for which int(n - seen * (1 - drop_ratio)) is 0, in double precision."""
+        if self.drop_ratio is None:
+            return None
+        share = seen * (1 - self.drop_ratio)
+        limit = math.floor(share)
+        while int(limit + 1 - share) < 1:
+            limit += 1
+        return max(limit, self.least_budget)
+
+    def slack(self, budget: int) -> int:
+        """None with `drop_ratio`, which says how many stay at every step."""
+        return super().slack(budget) if self.drop_ratio is None else 0
+
+    def observe(self, slots: Slots, seen: Observed) -> None:
+        """score += the column sums of an instruction; F follows its end."""
+        arrived, encoding = new_tokens(slots, seen.fresh), slots.counters["encoding"]
+        encoding.copy_((arrived > 1) | (encoding & (arrived == 0)))
+        if seen.fresh > 1:
+            assert seen.columns is not None
+            slots["score"].add_(seen.columns * (arrived > 1)[..., None])
+            self._set_fixed(slots, slots.count, arrived > 1)
+
+    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+        """After an instruction both ends and the best anchors; else all but slot F."""
+        encoding = slots.counters["encoding"]
+        later = slots.valid & ~self._surplus(slots, budget)
+        if not bool(encoding.any()):
+            return later
+        self._set_fixed(slots, torch.minimum(slots.count, budget), encoding)
+        ends = self._ends(slots)
+        number = budget - ends.sum(-1)
+        score = layer_mean(slots["score"], slots.position)
+        anchors = keep_top(score, slots.valid & ~ends, number, newer_first=True)
+        return torch.where(encoding[..., None], ends | anchors, later)
+
+    def merge_into(self, slots: Slots, keep: Tensor) -> Tensor | None:
+        """After an instruction the nearest anchor by position, the older of two."""
+        encoding = slots.counters["encoding"]
+        if not bool(encoding.any()):
+            return None
+        anchor, position, n = keep & ~self._ends(slots), slots.position, slots.length
+        place = torch.arange(n, device=keep.device).expand_as(anchor)
+        older = place.masked_fill(~anchor, -1).cummax(-1).values
+        newer = place.masked_fill(~anchor, n).flip(-1).cummin(-1).values.flip(-1)
+        back = position - position.gather(-1, older.clamp_min(0))
+        ahead = position.gather(-1, newer.clamp_max(n - 1)) - position
+        target = torch.where((newer == n) | ((older >= 0) & (back <= ahead)), older, newer)
+        return target.masked_fill(keep | ~slots.valid | ~encoding[..., None], -1)
+
+    def _ends(self, slots: Slots) -> Tensor:
+        """bool: the first tokens and the last, which instructions neither drop nor merge into."""
+        return sinks(slots, self.start) | recent(slots, 1)
+
+    def _set_fixed(self, slots: Slots, end: Tensor, where: Tensor) -> None:
+        """F, `where` (bool `[b, K]`) an instruction leaves `end` (int `[b, K]`) slots."""
+        fixed = slots.counters["fixed"]
+        fixed.copy_(torch.where(where, end + self.distance, fixed))
+
+    def _surplus(self, slots: Slots, budget: Tensor) -> Tensor:
+        """bool: what dropping slot F costs until `budget` are left; never the newest token."""
+        fixed = slots.counters["fixed"].long()
+        if self.distance > 0:
+            fixed = torch.full_like(fixed, self.distance)
+        first = torch.minimum(fixed.clamp_min(self.start), budget - 1).clamp_min(0)
+        rank = slots.rank
+        return (rank >= first[..., None]) & (rank < (first + slots.count - budget)[..., None])

@@ -1,0 +1,112 @@
+"""Expected attention: how much the queries to come will attend to a token, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvhive.kernels import Needs, Observed
+from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.futures import Gaussian, QueryRing, fit
+from kvhive.policies.selection import grouped, keep_top, sinks
+from kvhive.slots import Column, Slots
+
+
+@POLICIES.register("expected_attention")
+@dataclass(frozen=True)
+class ExpectedAttention(Policy):
+    """Keep the tokens that future queries are expected to draw most from.
+
+    Queries, turned back to position 0, are taken to be Gaussian. Turned to each of the next `future`
+    positions and averaged, that distribution gives E[exp(q k)] in closed form; normalised over the
+    tokens held, averaged over the query heads of the group and multiplied by the length of the value
+    (`+ epsilon` before), it is the score. The first `sink` tokens stay. Ties: the older token.
+    The distribution is that of the prompt's queries; while decoding, of the last `queries` ones.
+
+    Source: Devoto et al. 2025, arXiv:2510.00636; `ExpectedAttentionPress` of kvpress. State: float32
+    score per slot, the last `queries` queries of a layer.
+    """
+
+    source: ClassVar[str] = "arXiv:2510.00636"
+    cost: ClassVar[str] = (
+        "reads keys and values once an eviction, O(n d^2); 4 bytes a slot, queries"
+    )
+
+    sink: int = knob(4, "first tokens kept for ever; their queries are left out as outliers")
+    future: int = knob(512, "positions ahead that are averaged over")
+    covariance: bool = knob(True, "use the covariance of the queries, or their mean alone")
+    epsilon: float = knob(0.0, "added to the expected attention before the value's length counts")
+    queries: int = knob(128, "last queries that stand for those to come while decoding")
+    decode: Literal["rescore", "none"] = knob(
+        "rescore", "evict while decoding too, or compress prompts only"
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("sink", 0), ("future", 1), ("epsilon", 0), ("queries", 1)):
+            at_least("expected_attention", name, getattr(self, name), least)
+        one_of("expected_attention", "decode", self.decode, ("rescore", "none"))
+
+    @property
+    def needs(self) -> Needs:
+        """Queries of every step; keys and values when something must go."""
+        return Needs(keys=True, values=True, queries=True)
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """The score at the last eviction."""
+        return {"score": Column()}
+
+    @property
+    def least_budget(self) -> int:
+        """The sinks and one more token."""
+        return self.sink + 1
+
+    def slack(self, budget: int) -> int:
+        """An eighth of the budget, at most 128: an eviction costs as much as many steps' attention."""
+        return min(128, budget // 8)
+
+    def acts(self, decoding: bool) -> bool:
+        """In decoding only with `decode="rescore"`."""
+        return not decoding or self.decode == "rescore"
+
+    def observe(self, slots: Slots, seen: Observed) -> None:
+        """Remember the last queries; of a step that brings as many, describe all."""
+        assert seen.queries is not None
+        ring = QueryRing(slots.state, seen.queries, self.queries)
+        position, fresh = ring.add(slots.position[:, 0, -seen.fresh :], seen.queries)
+        Gaussian.forget(slots.state)
+        many = fresh.sum(1) >= self.queries
+        if bool(many.any()):
+            use = fresh & (position >= self.sink)
+            whole = fit(seen.queries, position, use, seen.rotation, self.covariance)
+            if not bool(many.all()):
+                whole = whole.where(many, self._latest(ring, seen))
+            whole.remember(slots.state)
+
+    def weigh(self, slots: Slots, held: Observed) -> None:
+        """Expected attention times length of the value, for all tokens but the sinks."""
+        assert held.keys is not None
+        assert held.values is not None
+        state = slots.state
+        now = Gaussian.recall(state) or self._latest(QueryRing(state), held)
+        start = slots.position.amax((1, 2)) + 1
+        coming = now.ahead(start, self.future, held.rotation)
+        rest = slots.valid & ~sinks(slots, self.sink)
+        logits = grouped(coming.log_expectation(held.keys, held.scale), slots.heads)
+        share = logits.masked_fill(~rest[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
+        length = torch.linalg.vector_norm(held.values, dim=-1, dtype=torch.float32)
+        slots["score"].copy_((share.mean(2) + self.epsilon) * length)
+
+    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The sinks and the best of the rest."""
+        first = sinks(slots, self.sink)
+        return first | keep_top(slots["score"], slots.valid & ~first, budget - self.sink)
+
+    def _latest(self, ring: QueryRing, seen: Observed) -> Gaussian:
+        position = ring.position
+        use = position >= self.sink
+        return fit(ring.queries, position, use, seen.rotation, self.covariance)

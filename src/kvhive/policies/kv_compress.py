@@ -1,0 +1,181 @@
+"""KV-Compress: all heads of all layers compete, and give up whole pages of memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvhive.kernels import Needs, Observed
+from kvhive.policies import pages
+from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.selection import grouped, new_tokens
+from kvhive.slots import Column, Slots
+
+
+@POLICIES.register("kv_compress")
+@dataclass(frozen=True)
+class KVCompress(Policy):
+    """Free the pages, of any layer and head, whose tokens received the least squared attention.
+
+    The last `observed` queries of a prompt give each token the sum of their squared attention,
+    max-pooled over its neighbours per query head and summed over the group; every later query adds
+    its own, unpooled. Tokens are counted in pages of `page` tokens of one head. Over budget, the
+    cheapest pages of the whole model go until the rest fit, so heads come to hold very different
+    numbers of tokens: on average the budget, rounded up to whole pages.
+    Ties: the newer token goes first; of pages the lower layer's, then the lower head's.
+    Source: Rehg 2024, arXiv:2410.00161; the author's code. State: float32 metric per slot.
+    """
+
+    source: ClassVar[str] = "arXiv:2410.00161"
+    cost: ClassVar[str] = (
+        "last 32 rows of a prompt, then each row; a sort over all layers; 4 bytes a slot"
+    )
+    scope: ClassVar[Literal["layer", "model"]] = "model"
+
+    observed: int = knob(32, "last queries of a prompt that vote")
+    protected_window: int = knob(32, "newest tokens kept in every head, the coming one included")
+    buffer: int = knob(0, "a query votes for tokens at least so far behind it")
+    norm: Literal["l2", "l1"] = knob("l2", "a vote is squared attention, or attention")
+    pool: int = knob(7, "width over which a prompt's votes are max-pooled; 1: not at all")
+    query_block: int = knob(4096, "observed queries pooled together; blocks are added up")
+    page: int = knob(16, "tokens a page")
+    sink: int = knob(0, "first tokens kept for ever")
+    rate: float | None = knob(
+        None, "in place of a budget: share kept of all tokens seen but the window; the cache grows"
+    )
+    decode: Literal["continual", "none"] = knob("continual", "evict while generating, or never")
+    interval: int = knob(1, "generated tokens from one eviction to the next")
+
+    def __post_init__(self) -> None:
+        for name in ("observed", "protected_window", "query_block", "page", "interval"):
+            at_least("kv_compress", name, getattr(self, name), 1)
+        for name in ("buffer", "sink"):
+            at_least("kv_compress", name, getattr(self, name), 0)
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"kv_compress: pool must be an odd number, got {self.pool}")
+        if self.buffer > self.protected_window:
+            most = f"protected_window = {self.protected_window}"
+            raise ValueError(f"kv_compress: buffer must be at most {most}, got {self.buffer}")
+        one_of("kv_compress", "norm", self.norm, ("l2", "l1"))
+        one_of("kv_compress", "decode", self.decode, ("continual", "none"))
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise ValueError(f"kv_compress: rate must lie in (0, 1], got {self.rate}")
+
+    @property
+    def takes_budget(self) -> bool:  # type: ignore[override]  # here it depends on a knob
+        """Not with `rate`."""
+        return self.rate is None
+
+    @property
+    def needs(self) -> Needs:
+        """The last rows."""
+        return Needs(last_rows=self.observed)
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """Votes received."""
+        return {"metric": Column()}
+
+    @property
+    def counters(self) -> Mapping[str, torch.dtype]:
+        """The position of the coming token, and tokens generated since the last prompt."""
+        return {"next": torch.int32, "generated": torch.int32}
+
+    @property
+    def least_budget(self) -> int:
+        """Sinks and window."""
+        return self.sink + self.protected_window
+
+    def own_limit(self, seen: int) -> int | None:
+        """With `rate`: the most a head holds on average, given that pages may be partly empty."""
+        if self.rate is None:
+            return None
+        window = self.peak(self.protected_window)
+        return window + math.ceil(max(0, seen + 1 - window) * self.rate) + self.page - 1
+
+    def peak(self, budget: int) -> int:
+        """Whole pages."""
+        return -(-budget // self.page) * self.page
+
+    def slack(self, budget: int) -> int:
+        """Whole pages; a small budget has none to spare."""
+        return super().slack(budget) // self.page * self.page
+
+    def acts(self, decoding: bool) -> bool:
+        """After every prompt, and while generating unless switched off."""
+        return not decoding or self.decode == "continual"
+
+    def observe(self, slots: Slots, seen: Observed) -> None:
+        """metric += votes; those of several tokens at once, a prompt's, are pooled."""
+        assert seen.rows is not None
+        position, generated = slots.position, slots.counters["generated"]
+        arrived = new_tokens(slots, seen.fresh)
+        slots.counters["next"].clamp_min_(position[:, :, slots.length - seen.fresh :].amax(-1) + 1)
+        generated.add_(arrived == 1).masked_fill_(arrived > 1, 0)
+        votes = self.votes(seen.rows, position, arrived[:, 0] > 1)
+        slots["metric"].add_(grouped(votes, slots.heads).sum(2))
+
+    def votes(self, rows: Tensor, position: Tensor, pooled: Tensor) -> Tensor:
+        """float32 `[b, H, n]`: what each query head gives, from probabilities `[b, H, r, n]`.
+
+        position: int `[b, K, n]`, those of the r queries at the end. pooled: bool `[b]`, for which
+        rows of the batch votes are max-pooled.
+        """
+        votes = rows.square() if self.norm == "l2" else rows
+        asking = position[:, :, position.shape[-1] - rows.shape[2] :]
+        if self.buffer:
+            near = position[:, :, None, :] > asking[..., None] - self.buffer
+            group = rows.shape[1] // position.shape[1]
+            votes = votes.masked_fill(near.repeat_interleave(group, dim=1), 0.0)
+        if rows.shape[2] > self.query_block:  # blocks are counted from a row's first query
+            first = (asking[:, 0] < 0).to(torch.uint8).sort(dim=-1, stable=True).indices
+            votes = votes.gather(2, first[:, None, :, None].expand_as(votes))
+        blocks = [block.sum(2) for block in torch.split(votes, self.query_block, dim=2)]
+        plain = torch.stack(blocks).sum(0)
+        if self.pool == 1 or not bool(pooled.any()):
+            return plain
+        blocks = [F.max_pool1d(block, self.pool, 1, self.pool // 2) for block in blocks]
+        return torch.where(pooled[:, None, None], torch.stack(blocks).sum(0), plain)
+
+    def select_all(
+        self, slots: Sequence[Slots], limits: Sequence[Tensor], slack: int | None, decoding: bool
+    ) -> list[Tensor] | None:
+        """All but the cheapest pages, as many as are too many."""
+        excess = self.excess(slots, limits, slack)
+        if decoding and self.interval > 1:
+            excess = excess * (slots[0].counters["generated"][:, 0] % self.interval == 0)
+        if not bool(excess.any()):
+            return None
+        position, metric = pages.side_by_side(slots, "metric")
+        newest = slots[0].counters["next"][:, :1, None] - self.protected_window
+        evictable = (position >= self.sink) & (position <= newest)
+        keep = pages.free(metric, position >= 0, evictable, excess, self.page)
+        return pages.apart(keep, slots)
+
+    def excess(
+        self, slots: Sequence[Slots], limits: Sequence[Tensor], slack: int | None = 0
+    ) -> Tensor:
+        """int64 `[b]`: pages that each row is to give up."""
+        device = slots[0].counters["next"].device
+        count = torch.cat([held.count.to(device) for held in slots], 1)
+        heads, taken = count.shape[1], pages.count_pages(count, self.page).sum(1)
+        if self.rate is not None:
+            window = self.peak(self.protected_window)
+            older = slots[0].counters["next"][:, 0].long() + 1 - window
+            target = ((older * heads).double() * self.rate).ceil().long() + window * heads
+            surplus = (count.sum(1) - target).clamp_min(0)
+            return torch.where(older > 0, pages.count_pages(surplus, self.page), 0)
+        total = torch.cat([limit.to(device) for limit in limits], 1).sum(1)
+        over = taken > total // self.page
+        if slack is None and bool(over.any()):
+            spare = [self.slack(limit) for limit in (total // heads).tolist()]
+            total = total - torch.tensor(spare, device=device) * heads
+        elif slack:
+            total = total - slack * heads
+        return torch.where(over, taken - total.clamp_min(0) // self.page, 0)

@@ -1,0 +1,113 @@
+"""SnapKV: the last queries of the prompt vote on what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvhive.kernels import Needs, Observed
+from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.selection import grouped, keep_top, recent
+from kvhive.slots import Column, Slots
+
+
+@POLICIES.register("snapkv")
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Keep the last `window` tokens, and the earlier ones that their queries attend to most.
+
+    The window's attention is summed for each older token, reduced over the query heads of the group
+    and smoothed along the sequence, so that a voted token brings its neighbours along. Ties: the older.
+    While decoding, the votes of the last `window` queries go on being counted, and the cache is scored
+    anew whenever it goes over budget. A chunk of a prompt counts as a prompt.
+
+    Source: Li et al. 2024, arXiv:2404.14469; `SnapKVCluster` of the authors' code, of KVCache-Factory for
+    groups. State: two float32 per slot (votes of this block of queries and of the one before), one
+    count per head.
+    """
+
+    source: ClassVar[str] = "arXiv:2404.14469"
+    cost: ClassVar[str] = "attention of the last `window` queries; 8 bytes a slot"
+
+    window: int = knob(32, "last tokens, always kept, whose queries vote")
+    kernel: int = knob(5, "tokens the votes are smoothed over, an odd number")
+    pooling: Literal["avg", "max"] = knob(
+        "avg", "how they are smoothed; the paper's runs use max, 7"
+    )
+    group_reduce: Literal["mean", "max", "sum"] = knob(
+        "mean", "how the votes of the query heads that share a KV head become one"
+    )
+    decode: Literal["rescore", "none"] = knob(
+        "rescore", "evict while decoding too, or compress prompts only"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("snapkv", "window", self.window, 1)
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"snapkv: kernel must be an odd number, got {self.kernel}")
+        one_of("snapkv", "pooling", self.pooling, ("avg", "max"))
+        one_of("snapkv", "group_reduce", self.group_reduce, ("mean", "max", "sum"))
+        one_of("snapkv", "decode", self.decode, ("rescore", "none"))
+
+    @property
+    def needs(self) -> Needs:
+        """The window's rows of probabilities."""
+        return Needs(last_rows=self.window)
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """Votes of the current block of up to `window` queries, and of the block before it."""
+        return {"votes": Column(), "before": Column()}
+
+    @property
+    def counters(self) -> Mapping[str, torch.dtype]:
+        """Queries in the current block."""
+        return {"voters": torch.int32}
+
+    @property
+    def least_budget(self) -> int:
+        """The window and one more token."""
+        return self.window + 1
+
+    def acts(self, decoding: bool) -> bool:
+        """In decoding only with `decode="rescore"`."""
+        return not decoding or self.decode == "rescore"
+
+    def observe(self, slots: Slots, seen: Observed) -> None:
+        """Add the votes of this step's last queries to the block, or begin a new one with them."""
+        assert seen.rows is not None
+        votes, before, voters = slots["votes"], slots["before"], slots.counters["voters"]
+        fresh = (seen.rows[:, 0].sum(-1) > 0).sum(-1, keepdim=True).int()  # padded rows are zero
+        full = voters + fresh > self.window
+        if bool(full.any()):
+            before.copy_(torch.where(full[..., None], votes, before))
+            votes.masked_fill_(full[..., None], 0.0)
+            voters.masked_fill_(full, 0)
+        votes.add_(self._reduce(grouped(seen.rows.sum(2), slots.heads)))
+        voters.add_(fresh)
+
+    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The window, and the best of what came before it."""
+        size = budget.clamp_max(self.window)
+        window = recent(slots, size)
+        past = slots.valid & ~window
+        # The block before counts by the share of it that the last `window` queries still cover.
+        share = 1.0 - slots.counters["voters"] / self.window
+        score = slots["votes"] + slots["before"] * share[..., None]
+        return window | keep_top(self._smooth(score.masked_fill(~past, 0.0)), past, budget - size)
+
+    def _reduce(self, votes: Tensor) -> Tensor:
+        """`[b, K, group, n]` -> `[b, K, n]`."""
+        if self.group_reduce == "max":
+            return votes.amax(2)
+        return votes.sum(2) if self.group_reduce == "sum" else votes.mean(2)
+
+    def _smooth(self, score: Tensor) -> Tensor:
+        """Pool `[b, K, n]` along n. Beyond the ends there are no votes, and votes are never negative."""
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+        return pool(score, self.kernel, stride=1, padding=self.kernel // 2)

@@ -1,0 +1,79 @@
+"""TOVA: drop what the newest query attends to least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvhive.kernels import Needs, Observed
+from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.selection import grouped, keep_top, recent
+from kvhive.slots import Column, Slots
+
+
+@POLICIES.register("tova")
+@dataclass(frozen=True)
+class Tova(Policy):
+    """Keep the tokens that the newest query attends to most, averaged over all heads of the layer.
+
+    No sinks, no window, no memory of earlier queries; all KV heads of a layer hold the same tokens. The
+    newest token itself may go. Ties: the newer token stays.
+    Source: Oren et al. 2024, arXiv:2401.06104; `TOVACache` of the authors' code, `TOVAPress` of kvpress
+    with `protect_last`. State: float32 per slot, the attention of the last query.
+    """
+
+    source: ClassVar[str] = "arXiv:2401.06104"
+    cost: ClassVar[str] = "attention of the last query; 4 bytes a slot"
+
+    protect_last: bool = knob(False, "never drop the newest token, as kvpress does")
+
+    @property
+    def needs(self) -> Needs:
+        """The last query's probabilities."""
+        return Needs(last_rows=1)
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """What the last query gave the slot, averaged over the query heads of the KV head."""
+        return {"attention": Column()}
+
+    @property
+    def least_budget(self) -> int:
+        """One token, beside the newest if that is protected."""
+        return 1 + self.protect_last
+
+    def observe(self, slots: Slots, seen: Observed) -> None:
+        """Only the newest query counts; a padded one does not."""
+        assert seen.rows is not None
+        row = seen.rows[:, :, -1]
+        voted = row[:, :1].sum(-1, keepdim=True) > 0
+        column = slots["attention"]
+        column.copy_(torch.where(voted, grouped(row, slots.heads).mean(2), column))
+
+    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The most attended tokens of the layer."""
+        size = int(self.protect_last)
+        last = recent(slots, size)
+        score = layer_mean(slots["attention"], slots.position)
+        return last | keep_top(score, slots.valid & ~last, budget - size, newer_first=True)
+
+
+def layer_mean(score: Tensor, position: Tensor) -> Tensor:
+    """float32 `[b, K, n]`: each token's mean score over the KV heads that hold it.
+
+    position: int32 `[b, K, n]`, ascending. All heads hold the same tokens unless their budgets differ;
+    a token is then looked up in every head by its position.
+    """
+    if bool((position == position[:, :1]).all()):
+        return score.mean(1, keepdim=True).expand_as(score)
+    heads, n = score.shape[1:]
+    mine = position[:, :, None].expand(-1, -1, heads, -1).contiguous()
+    theirs = position[:, None].expand(-1, heads, -1, -1).contiguous()
+    place = torch.searchsorted(theirs, mine).clamp_max(n - 1)
+    shared = theirs.gather(-1, place) == mine
+    scores = score[:, None].expand(-1, heads, -1, -1).gather(-1, place)
+    return (scores * shared).sum(2) / shared.sum(2)

@@ -1,0 +1,96 @@
+"""Votes: one bit for every slot and each of the last `history` queries, packed into bytes.
+
+The query at position p of a row owns bit `p % history` of every slot of that row. So there is no
+pointer to keep, padding takes no part, and a query overwrites exactly the one it retires. A ring is
+a column of dtype uint8 and trailing shape `[bytes]`; slots dropped take their bits with them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvhive.slots import Slots
+
+Threshold = Literal["seen", "cache"]
+
+
+def ring_bytes(history: int) -> int:
+    """Bytes a slot needs to remember `history` queries."""
+    return -(-history // 8)
+
+
+def average_share(slots: Slots, rows: int, threshold: Threshold) -> Tensor:
+    """float32 `[b, K, rows]`: an even share of attention for each of the last `rows` queries.
+
+    1 / tokens the query has seen, itself included, or ("cache") 1 / keys it could see. Padded queries
+    have no meaningful share.
+    """
+    if threshold == "seen":
+        number = slots.position[..., -rows:] + 1
+    else:
+        number = slots.valid.cumsum(-1)[..., -rows:]
+    return 1 / number.clamp_min(1).float()
+
+
+def visible(slots: Slots, rows: int) -> Tensor:
+    """bool `[b, K, rows, n]`: the slots that each of the last `rows` queries could see."""
+    slot = torch.arange(slots.length, device=slots.valid.device)
+    return (slot <= slot[-rows:, None]) & slots.valid[:, :, None, :]
+
+
+def record(ring: Tensor, votes: Tensor, position: Tensor, history: int) -> None:
+    """Write the votes of the last r queries into a ring, in place.
+
+    ring: uint8 `[b, K, n, bytes]`. votes: bool `[b, K, r, n]`, r at most `history`. position: int
+    `[b, r]`, -1 for padding, which does not vote.
+    """
+    if votes.shape[2] == 1:
+        _record_one(ring, votes[:, :, 0], position, history)
+        return
+    heads, bits = votes.shape[1], 8 * ring.shape[-1]
+    bit = torch.where(position >= 0, position % history, bits).long()  # `bits`: thrown away
+    wide = votes.new_zeros(*votes.shape[:2], bits + 1, votes.shape[-1])
+    wide.scatter_(2, bit[:, None, :, None].expand(-1, heads, -1, votes.shape[-1]), votes)
+    written = votes.new_zeros(len(bit), bits + 1).scatter_(1, bit, True)
+    fresh = _pack(wide[:, :, :bits]).transpose(-1, -2)
+    stale = _pack(written[:, :bits, None])[:, None, None, :, 0]
+    ring.copy_((ring & ~stale) | fresh)
+
+
+def _record_one(ring: Tensor, votes: Tensor, position: Tensor, history: int) -> None:
+    """One query a row: only the byte that holds its bit is touched."""
+    bit = (position[:, 0].clamp_min(0) % history)[:, None, None, None]
+    index = (bit // 8).long().expand(*votes.shape, 1)
+    mask = (1 << (bit % 8)).to(torch.uint8)
+    byte = ring.gather(-1, index)
+    fresh = torch.where(votes[..., None], byte | mask, byte & ~mask)
+    real = (position >= 0)[:, :, None, None]
+    ring.scatter_(-1, index, torch.where(real, fresh, byte))
+
+
+def count(ring: Tensor, newest: Tensor, rows: Tensor, history: int) -> Tensor:
+    """int64 `[b, K, n]`: how many of the last `rows` queries voted for each slot.
+
+    ring: uint8 `[b, K, n, bytes]`. newest: int `[b, K]`, position of the row's last query. rows: int
+    `[b, K]`, at most `history`.
+    """
+    bit = torch.arange(8 * ring.shape[-1], device=ring.device)
+    age = (newest[..., None] - bit) % history
+    counted = (bit < history) & (age < rows[..., None])
+    return _ones(ring & _pack(counted[..., None])[:, :, None, :, 0]).sum(-1)
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """bool `[..., 8 * m, n]` -> uint8 `[..., m, n]`, the first bit the lowest."""
+    weight = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unflatten(-2, (-1, 8)) * weight[:, None]).sum(-2, dtype=torch.uint8)
+
+
+def _ones(byte: Tensor) -> Tensor:
+    """uint8: the ones in each byte, counted for all bits at once."""
+    byte = byte - ((byte >> 1) & 0x55)
+    byte = (byte & 0x33) + ((byte >> 2) & 0x33)
+    return (byte + (byte >> 4)) & 0x0F

@@ -1,0 +1,1 @@
+"""Replays of recorded decisions: each method against its reference implementation."""

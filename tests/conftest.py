@@ -1,0 +1,34 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.support import tiny_llama
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--vectors DIR`: replay other recorded cases than the copies in tests/vectors."""
+    parser.addoption(
+        "--vectors",
+        metavar="DIR",
+        default=None,
+        help="replay every recorded case below DIR instead of those in tests/vectors",
+    )
+
+
+torch.set_num_threads(1)  # tiny tensors: threads would only get in each other's way
+
+
+@pytest.fixture(scope="session")
+def model() -> PreTrainedModel:
+    """A tiny random Llama for the cache to attach to."""
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def stock() -> PreTrainedModel:
+    """The same weights, never attached: transformers' own sdpa."""
+    return tiny_llama()
