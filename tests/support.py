@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ from kvhive.layer import HiveLayer
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 
-VOCABULARY = 97
+VOCABULARY = 499
 SIZES: dict[str, object] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -56,8 +57,17 @@ def tiny(family: str, attention: str = "eager", **settings: object) -> PreTraine
 
 
 def random_ids(*shape: int, seed: int = 0) -> Tensor:
-    """Token ids without the special ones, int64."""
-    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    """Token ids without the special ones, int64; no token twice in a row of the batch.
+
+    Twice the same token would have keys of exactly the same length, and no policy could choose
+    between them but by rounding.
+    """
+    source = torch.Generator().manual_seed(seed)
+    rows = [
+        3 + torch.randperm(VOCABULARY - 3, generator=source)[: shape[-1]]
+        for _ in range(math.prod(shape[:-1]))
+    ]
+    return torch.stack(rows).view(shape)
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,7 +149,9 @@ class Feeder:
         self.recipe = Recipe.parse(recipe)
         self.layer = make_layer(self.recipe, rotation)
         drawn = [self._draw(tape) for tape in tapes]
-        self.keys, self.values, self.queries = (torch.stack(part).to(dtype) for part in zip(*drawn))
+        self.keys, self.values, self.queries = (
+            torch.stack(part).to(dtype) for part in zip(*drawn, strict=True)
+        )
         self.seen = [0] * len(tapes)
 
     def _draw(self, tape: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -122,7 +122,7 @@ def _stock_attention(
     if attention_mask is not None and attention_mask.dim() == 2:
         causal = torch.ones(q, n, dtype=torch.bool, device=key.device).tril(n - q)
         attention_mask = causal & attention_mask[:, None, None, -n:]
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _refuse_unsupported(
@@ -182,10 +182,9 @@ class ModelFacts:
     def __deepcopy__(self, memo: object) -> ModelFacts:
         return self
 
-    def stock_layers(self) -> list[CacheLayerMixin]:
+    def stock_layers(self) -> list[Any]:
         """The layers transformers would use for this model, one for each."""
-        layers: list[CacheLayerMixin] = DynamicCache(config=self.config).layers
-        return layers
+        return list(DynamicCache(config=self.config).layers)
 
     def positions_for(
         self, rule: Literal["original", "cache"], asked: Literal["original", "cache"] | None

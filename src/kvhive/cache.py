@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvhive.attach import ModelFacts, attach
 from kvhive.layer import HiveLayer, Spread
@@ -17,7 +17,7 @@ from kvhive.recipe import Recipe
 from kvhive.report import Report
 
 
-class HiveCache(Cache):  # type: ignore[misc]
+class HiveCache(Cache):
     """A cache for `model.generate(past_key_values=...)` that follows a recipe.
 
     ```python
@@ -32,7 +32,7 @@ class HiveCache(Cache):  # type: ignore[misc]
         self.facts = facts
         self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
         rotations = facts.rotations if self.positions == "cache" else None
-        layers: list[CacheLayerMixin] = facts.stock_layers()
+        layers = facts.stock_layers()
         self.compressed = facts.full_layers
         for place, index in enumerate(self.compressed):
             policy = recipe.policy.for_layer(place, len(self.compressed))
@@ -85,10 +85,8 @@ class HiveCache(Cache):  # type: ignore[misc]
 
     def report(self) -> Report:
         """Tokens seen and kept, bytes held and what the full cache would hold."""
-        hive = self.hive_layers()
-        used = [layer for layer in hive if layer.seen]
-        stock = sum(_stock_bytes(layer) for layer in self.layers if layer not in hive)
-        full = stock
+        used = [layer for layer in self.hive_layers() if layer.seen]
+        full = self._stock_bytes()
         for layer in used:
             keys, values = layer.store.keys, layer.store.values
             width = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
@@ -108,9 +106,12 @@ class HiveCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, metadata and spare room included."""
-        hive = self.hive_layers()
-        stock = sum(_stock_bytes(layer) for layer in self.layers if layer not in hive)
-        return stock + sum(layer.nbytes for layer in hive)
+        return self._stock_bytes() + sum(layer.nbytes for layer in self.hive_layers())
+
+    def _stock_bytes(self) -> int:
+        stock = [layer for i, layer in enumerate(self.layers) if i not in self.compressed]
+        held = [getattr(layer, name, None) for layer in stock for name in ("keys", "values")]
+        return sum(t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor))
 
     def positions_kept(self) -> list[Tensor]:
         """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, -1 for empty slots."""
@@ -144,7 +145,8 @@ class HiveCache(Cache):  # type: ignore[misc]
 
     def end_recording(self) -> None:
         """After speculative decoding: evict what was postponed and return to ordinary steps."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if isinstance(layer, HiveLayer):
                 layer.end_recording()
             elif getattr(layer, "record_past", False):
@@ -177,8 +179,3 @@ class Frozen:
         trace: TracebackType | None,
     ) -> None:
         self._cache.thaw()
-
-
-def _stock_bytes(layer: CacheLayerMixin) -> int:
-    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return sum(t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor))

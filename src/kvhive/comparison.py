@@ -100,8 +100,9 @@ def compare(
     """
     if not questions:
         raise ValueError("compare: give at least one question")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for name, tokens in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"{name} must be at least 1, got {tokens}")
     if mode not in ("agnostic", "aware"):
         raise ValueError(f"mode must be 'agnostic' or 'aware', got {mode!r}")
     prompt = Prompt.build(tokenizer, document, list(questions))

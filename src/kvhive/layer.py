@@ -23,7 +23,6 @@ UNEVEN_HEADROOM = 32  # the same where the longest head has no bound of its own
 HANDLE = "_kvhive_layer"  # attribute of the returned key tensor by which attention finds its layer
 
 
-
 class _Waiting(threading.local):
     """Whether this thread's last update still waits for its attention call."""
 
@@ -40,7 +39,7 @@ WAITING = _Waiting()
 Spread = Callable[[int, int], Tensor]
 
 
-class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
+class HiveLayer(CacheLayerMixin):
     """Keys, values and slots of one attention layer, held to a policy's budget.
 
     policy: who decides. budget: how much a head may hold (None: the policy sizes itself).
@@ -53,6 +52,11 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
     is_compileable = False
+
+    _row_seen: Tensor | None  # int64 [b], real tokens of each row, once any row was padded
+    _limits: Tensor | None  # int64 [rows or 1, K], what each head may hold; None: no limit
+    _recorded: list[tuple[Tensor, float, Tensor | None]]  # (query, scale, real) that may be taken back
+    _appended: int  # tokens added since the last eviction: what crop can take back
 
     def __init__(
         self,
@@ -120,16 +124,13 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         fresh = query.shape[2]
         self._add_slots(fresh, real)
-        padded_left = real is not None and not bool((real[:, :-1] & ~real[:, 1:]).any())
-        if padded_left:
-            self._close_gaps()
         needs = NOTHING if self.record_past else self.policy.needs
         out, seen = self._attend(query, scale, needs, real)
         if self.record_past:
             self._recorded.append((query, scale, real))
         else:
             self._observe(seen)
-            if real is not None and not padded_left:
+            if real is not None:
                 self._close_gaps()
             self._evict(decoding=fresh == 1)
         return out
@@ -217,11 +218,14 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
         slots, moved = self.slots, self._moved
         if self._row_seen is None and not slots.holes:
             newest = torch.tensor(self.seen - 1, device=self.device)
+            behind = slots.length - 1 - torch.arange(moved, device=self.device)
         else:
             newest = slots.position.amax(-1, keepdim=True)
-        behind = slots.length - 1 - torch.arange(moved, device=self.device)
+            behind = slots.count[..., None] - 1 - slots.rank[..., :moved]
         shift = (newest - slots.position[..., :moved] - behind).clamp_min(0)
-        return torch.cat([self.rotation.rotate(keys[:, :, :moved], shift, self.seen), keys[:, :, moved:]], 2)
+        return torch.cat(
+            [self.rotation.rotate(keys[:, :, :moved], shift, self.seen), keys[:, :, moved:]], 2
+        )
 
     # ---- budget and eviction --------------------------------------------------------------------
 
@@ -435,6 +439,8 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
             real = _join_real(recorded, fresh)
             _, seen = self._attend(query, recorded[0][1], self.policy.needs, real)
             self._observe(seen)
+        if self.slots.holes:
+            self._close_gaps()
         self._evict(decoding=fresh == 1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -449,7 +455,11 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._limits is not None and self._limits.shape[0] > 1:
             self._limits = self._limits.index_select(0, rows)
         self._recorded = [
-            (query.index_select(0, rows), scale, None if real is None else real.index_select(0, rows))
+            (
+                query.index_select(0, rows),
+                scale,
+                None if real is None else real.index_select(0, rows),
+            )
             for query, scale, real in self._recorded
         ]
 
@@ -472,14 +482,14 @@ class HiveLayer(CacheLayerMixin):  # type: ignore[misc]
         self.slots = Slots(0, 0, {}, {}, torch.device("cpu"))
         self.seen = 0
         self.evicted = False
-        self._row_seen: Tensor | None = None
-        self._appended = 0  # tokens added since the last eviction: what crop can take back
+        self._row_seen = None
+        self._appended = 0
         self._prompted = False  # whether any step brought more than one token
         self._moved = 0  # leading slots whose keys must be turned when read
-        self._limits: Tensor | None = None
+        self._limits = None
         self._least_limit = self._most_limit = 0
         self._scale = 1.0
-        self._recorded: list[tuple[Tensor, float, Tensor | None]] = []
+        self._recorded = []
 
     def offload(self) -> None:
         """Keys and values to the CPU."""

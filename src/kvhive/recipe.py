@@ -153,6 +153,8 @@ def _build(registry: Registry[Any], name: str, knobs: dict[str, Any]) -> Any:
             shared = list(_SHARED_KNOBS) if registry is POLICIES else []
             hint = did_you_mean(knob, known + shared) if known + shared else "it has none"
             raise ValueError(f"{name} has no knob {knob!r}; {hint}")
+        if value is None and "none" in get_args(hints[knob]):
+            value = knobs[knob] = "none"  # a word of its own here, as in decode=none
         if not _fits(value, hints[knob]):
             raise ValueError(f"{name}: {knob} must be {_spell(hints[knob])}, got {value!r}")
     return cls(**knobs)

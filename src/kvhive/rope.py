@@ -43,7 +43,7 @@ class Rotation:
         return self.turn(keys, *self.cos_sin(shift, most))
 
     def turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Vectors `[..., d]` turned by angles of these cosines and sines, `[..., r / 2]`; same dtype."""
+        """Vectors `[..., d]` turned by these cosines and sines, `[..., r / 2]`; same dtype."""
         half = cos.shape[-1]
         wide = keys.float()
         if self.layout == "halves":
@@ -60,7 +60,7 @@ class Rotation:
         return turned.to(keys.dtype)
 
     def cos_sin(self, shift: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 `[..., r / 2]` each, of turns by `shift` (int `[...]`, 0..most)."""
+        """Cosines and sines, float32 `[..., r / 2]`, of turns by `shift` (int `[...]`, 0..most)."""
         if self._fine.device != shift.device:
             self._fine, self._coarse = self._fine.to(shift.device), self._coarse.to(shift.device)
         flat, half = shift.reshape(-1), len(self.frequencies)
@@ -76,9 +76,10 @@ class Rotation:
         return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
 
     def ahead(self, start: Tensor, span: int, most: int) -> tuple[Tensor, Tensor]:
-        """Mean cosine and sine, as `cos_sin`, over the turns by start, ..., start + span - 1 positions.
+        """Mean cosine and sine, as `cos_sin`, over the turns by start .. start + span - 1 positions.
 
-        Turning by them (`turn`) gives the mean of a vector turned by each. start: int `[...]`, 0..most.
+        Turning by them (`turn`) gives the mean of a vector turned by each. start: int `[...]`,
+        0..most.
         """
         angle = torch.arange(span).double()[:, None] * self.frequencies
         cos, sin = self.cos_sin(start, most)

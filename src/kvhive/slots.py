@@ -53,7 +53,7 @@ class Slots:
     """Positions, and a policy's columns and counters, of `[batch, kv_heads, length]` slots.
 
     columns: per-slot tensors `[b, K, n, *shape]`; counters: one number per head, `[b, K]`; state:
-    what a policy knows of a row as a whole, tensors `[b, ...]` it puts there when it first observes.
+    what a policy knows of a row as a whole, tensors `[b, ...]` that it puts there itself.
     Positions count the real tokens of a row, padding excluded, from 0; they are held in 2 bytes until
     a row has seen 32,767 tokens, then in 4.
     """
@@ -104,15 +104,17 @@ class Slots:
     @property
     def rank(self) -> Tensor:
         """int64 `[b, K, n]`: a token's place among the tokens its head holds, oldest 0; empty slots < 0."""
-        empty = self.length - self.count
-        return torch.arange(self.length, device=self._position.device) - empty[..., None]
+        if self.holes:
+            return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
+        place = torch.arange(self.length, device=self._position.device)
+        return place.expand(*self._position.shape[:2], -1)
 
     def __getitem__(self, column: str) -> Tensor:
         """The column's slots in use, a view `[b, K, n, *shape]` that may be written in place."""
         return self._columns[column][:, :, : self.length]
 
     def reshape(self, column: str, shape: tuple[int, ...]) -> None:
-        """Give a column another trailing shape, all zeros: for what the first step alone can tell."""
+        """Give a column another trailing shape, all zeros: for what only the first step can tell."""
         held = self._columns[column]
         if held.shape[3:] != shape:
             self._columns[column] = held.new_zeros(*held.shape[:3], *shape)

@@ -110,14 +110,31 @@ def same_positions(case: Case, step: int, ours: Tensor, name: str = "kept") -> N
     recorded = case.tensor(name, step)
     require(recorded is not None, f"step {step}: nothing is recorded under {name!r}")
     assert recorded is not None
+    same_heads(ours, recorded, f"step {step}", name)
+
+
+def same_heads(ours: Tensor, recorded: Tensor, where: str, name: str = "kept") -> None:
+    """Every head holds the tokens recorded, both `[kv_heads, kept]`; -1 stands for no token."""
     for head, (held, expected) in enumerate(zip(ours.tolist(), recorded.tolist(), strict=True)):
+        held, expected = ([p for p in side if p >= 0] for side in (held, expected))
         ours_alone = sorted(set(held) - set(expected))
         recorded_alone = sorted(set(expected) - set(held))
         require(
             held == expected,
-            f"step {step}, KV head {head}: {name} {held}, recorded {expected}; "
+            f"{where}, KV head {head}: {name} {held}, recorded {expected}; "
             f"ours alone {ours_alone}, recorded alone {recorded_alone}",
         )
+
+
+def feed(layer: HiveLayer, keys: Tensor, queries: Tensor | None = None) -> Tensor:
+    """One step of tokens with these keys `[b, kv_heads, q, d]`, which are their values too.
+
+    queries: `[b, heads, q, d]`, zero if not given. Returns what is held then, int32 `[b, kv_heads,
+    n]`.
+    """
+    layer.update(keys, keys)
+    layer.attend(torch.zeros_like(keys) if queries is None else queries, keys.shape[-1] ** -0.5)
+    return layer.slots.position
 
 
 def same_numbers(case: Case, step: int, ours: Tensor, name: str) -> None:

@@ -44,6 +44,17 @@ def tampered(name: str, tensor: str) -> Case:
         ("streaming_llm/chat_make_room", "space.0004", 4),
         ("streaming_llm/chat_make_room", "kept.0009", 9),
         ("streaming_llm/e2e_position_shift_gqa", "out.0015", 15),
+        ("tova/decode_gqa", "kept.0024", 24),
+        ("tova/decode_mha", "kept.0005", 5),
+        ("tova/prefill_batch", "kept", 0),
+        ("snapkv/snapkv_avgpool_w8", "kept_sorted", 0),
+        ("snapkv/snapkv_maxpool_w16_odd", "kept_sorted_low_tie", 0),
+        ("snapkv/snapkv_gqa_max", "scores", 0),
+        ("snapkv/snapkv_press_gqa", "kept_sorted_low_tie", 0),
+        ("l2norm/knorm_press", "kept_sorted_cr0.5", 0),
+        ("l2norm/kvcf_fixed_capacity", "kept_sorted", 0),
+        ("l2norm/l2compress_half_skip01", "kept_count", 0),
+        ("l2norm/l2compress_stream", "kept_sorted_per_step", 63),
     ],
 )
 def test_a_changed_number_is_noticed(name: str, tensor: str, step: int) -> None:

@@ -27,7 +27,7 @@ def with_budget(budget: int | float) -> list[str]:
     recipes = []
     for name, policy in POLICIES.items():
         for spelled in (name, *VARIANTS.get(name, ())):
-            if not policy.takes_budget:
+            if not policy().takes_budget:
                 recipes.append(spelled)
                 continue
             least = Recipe.parse(f"{spelled}@100000").policy.least_budget

@@ -158,7 +158,16 @@ class SlowLog(SlowScores):
         if self.room is None:
             assert self.cells is not None
             return self.cells * (self.stride + self.depth()), self.cells
-        return self.room, self.cells or max(1, self.room // (2 * self.depth()))
+        return self.room, self.cells or self.fitting_cells(self.room)
+
+    def fitting_cells(self, room: int) -> int:
+        """The most cells a generation of which all that can exist fill three quarters of the room."""
+        blocks = max(1, -(-self.seen // self.stride))
+        for depth in range(1, blocks.bit_length() + 1):
+            cells = max(1, 3 * room // (4 * depth))
+            if (1 + (blocks - 1) // cells).bit_length() <= depth:
+                return cells
+        return 1
 
     def step(self, fresh: int, received: Sequence[float]) -> None:
         """Append `fresh` tokens and evict."""

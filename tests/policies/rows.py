@@ -48,7 +48,7 @@ class RowRig(Rig):
         return held
 
     def attend(self, fresh: int) -> Tensor:
-        """float32 `[1, H, fresh, n]`: softmax over the tokens held, and causally over the new ones."""
+        """float32 `[1, H, fresh, n]`: softmax over tokens held, and causally over the new ones."""
         position = (
             self.slots.position[0].long().repeat_interleave(self.logits.shape[0] // self.heads, 0)
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from kvhive.cli.console import (
     Device,
@@ -63,7 +64,8 @@ def compare(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a self-contained report.")
+        Path | None,
+        typer.Option(metavar="FILE", readable=False, help="Also write a self-contained report."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     max_new_tokens: Annotated[
@@ -125,7 +127,9 @@ def compare(
     if as_json:
         print(json.dumps(as_data(results), indent=2, ensure_ascii=False))
     else:
-        _print(results, source, facts, notes)
+        _print(results, source, facts)
+    for sentence in notes:
+        note(sentence)
     if html is not None:
         _write(html, results, source, prompt, facts, notes)
 
@@ -180,24 +184,18 @@ def _notes(results: list[Result], prompt: Prompt, model: str) -> list[str]:
     return notes
 
 
-def _print(results: list[Result], source: Document, facts: list[str], notes: list[str]) -> None:
+def _print(results: list[Result], source: Document, facts: list[str]) -> None:
     from kvhive.cli.tables import answer_tables, measure_table
 
     console = out()
-    console.print(f"\n[bold]{_safe(source.name)}[/bold]  [dim]{_safe(', '.join(facts))}[/dim]\n")
+    console.print(
+        Text.assemble("\n", (source.name, "bold"), ("  " + ", ".join(facts), "dim"), "\n")
+    )
     console.print(measure_table(results))
     console.print()
     for table in answer_tables(results, console.width):
         console.print(table)
         console.print()
-    for sentence in notes:
-        note(sentence)
-
-
-def _safe(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _write(
@@ -214,4 +212,4 @@ def _write(
 
     words = pieces(source.text, prompt)
     write_page(path, report_page(results, source.name, facts, notes, words, command_line()))
-    err().print(f"report: [bold]{_safe(str(path))}[/bold]", soft_wrap=True)
+    err().print(Text.assemble("report: ", (str(path), "bold")), soft_wrap=True)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -81,6 +82,8 @@ class Commands(TyperGroup):
         """Run the command; no traceback for what a user can cause."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of a pipe has left; Typer ends quietly
+            raise
         except _EXPECTED as error:
             if os.environ.get("KVHIVE_DEBUG"):
                 raise
@@ -103,6 +106,7 @@ def load_model(
         from kvhive.models import load
 
         logging.set_verbosity_error()
+        getLogger("huggingface_hub").setLevel(ERROR)  # it reports every attempt to reach the hub
         if threads is not None:
             torch.set_num_threads(threads)
         _check_device(torch, device)
@@ -126,13 +130,15 @@ def command_line() -> str:
 @contextmanager
 def recipe_bars(recipes: list[str]) -> Iterator[Any]:
     """A progress bar for every recipe on stderr; yields what `compare(progress=...)` wants."""
+    console = err()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28, complete_style="yellow", finished_style="green"),
         TextColumn("{task.fields[doing]}", style="dim"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err(), transient=True) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         bars: dict[str, TaskID] = {}
 
         def add(recipe: str) -> None:

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from kvhive.cli.console import Device, Dtype, Model, PrefillChunk, Threads, err, load_model, note
 
@@ -66,7 +67,7 @@ def generate(
     for token, _ in decode(network, cache, logits, max_new_tokens, ends, temperature):
         writer.add(token)
     writer.end()
-    err().print(f"[dim]{parsed}: {cache.report()}[/dim]", soft_wrap=True)
+    err().print(Text(f"{parsed}: {cache.report()}", style="dim"), soft_wrap=True)
 
 
 class _Writer:

@@ -47,7 +47,8 @@ def show(
     ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page instead of printing.")
+        Path | None,
+        typer.Option(metavar="FILE", readable=False, help="Write a page instead of printing."),
     ] = None,
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
@@ -88,7 +89,7 @@ def show(
         console = out()
         console.print(shaded_text(words))
         console.print(_legend(len(survivors.rows)))
-        console.print(f"[bold]{parsed}[/bold]  {cache.report()}", soft_wrap=True)
+        console.print(Text.assemble((f"{parsed}  ", "bold"), str(cache.report())), soft_wrap=True)
         return
     from kvhive.html.kept import kept_page
 

@@ -14,6 +14,7 @@ from kvhive.evaluation.voices import Forced, Script, Stage, Voice, held
 from kvhive.recipe import Recipe
 
 Mode = Literal["agnostic", "aware", "stream"]
+FULL = Recipe.parse("full")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Asked:
     def with_recipes(self, recipes: Sequence[Recipe]) -> Asked:
         """The same for other recipes."""
         return Asked(self.stage, self.frame, self.ends, tuple(recipes))
+
+    def only_full(self) -> Asked:
+        """The same for the full cache alone."""
+        return self.with_recipes([FULL])
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -57,11 +62,9 @@ def ask(asked: Asked, item: Item, context: Part, mode: Mode, most: int) -> list[
 def _from_one_prompt(asked: Asked, item: Item, prefix: tuple[int, ...]) -> list[Performance]:
     voices = asked.stage.read(prefix, asked.recipes)
     starts = [held(voice.cache) for voice in voices]
-    if len(item.probes) == 1:
-        asked.stage.advance(voices, asked.frame.query(item, item.probes[0]))
-        answered = [_answer(asked, item, item.probes[0], voices)]
-    else:
-        answered = _answer_all(asked, item, voices)
+    only_targets = not any(probe.choices or probe.limit for probe in item.probes)
+    way = _answer_together if only_targets else _answer_in_turn
+    answered = way(asked, item, voices)
     return _performances(voices, starts, [list(one) for one in zip(*answered, strict=True)])
 
 
@@ -97,33 +100,29 @@ def _answer(asked: Asked, item: Item, probe: Probe, voices: list[Voice]) -> list
     ]
 
 
-def _answer_all(asked: Asked, item: Item, voices: list[Voice]) -> list[list[Outcome]]:
-    """All probes of an item, `[probe][voice]`; questions and answers that are scored go in one batch."""
-    frame = asked.frame
-    scripts: list[Script] = []
-    spans: list[tuple[int, int]] = []
-    for probe in item.probes:
-        query = frame.query(item, probe)
-        given = [frame.target(probe), *map(frame.ids, probe.choices)]
-        begin = len(scripts)
-        scripts += [Script((*query, *answer), len(query)) for answer in given if answer]
-        spans.append((begin, len(scripts)))
-    forced = asked.stage.force(voices, scripts) if scripts else [[] for _ in voices]
+def _answer_in_turn(asked: Asked, item: Item, voices: list[Voice]) -> list[list[Outcome]]:
+    """All probes of an item, each from its own copy of the caches: `[probe][voice]`."""
     answered = []
-    for probe, (begin, end) in zip(item.probes, spans, strict=True):
-        texts: list[str | None] = [None] * len(voices)
-        if probe.limit:
-            copies = [voice.fork() for voice in voices]
-            asked.stage.advance(copies, frame.query(item, probe))
-            texts = _write(asked, probe, copies)
-        has_target = bool(frame.target(probe))
-        answered.append(
-            [
-                _outcome(results[begin:end], has_target, text)
-                for results, text in zip(forced, texts, strict=True)
-            ]
-        )
+    for probe in item.probes:
+        copies = [voice.fork() for voice in voices]
+        asked.stage.advance(copies, asked.frame.query(item, probe))
+        answered.append(_answer(asked, item, probe, copies))
+    for voice, copy in zip(voices, copies, strict=True):
+        voice.end = copy.end
     return answered
+
+
+def _answer_together(asked: Asked, item: Item, voices: list[Voice]) -> list[list[Outcome]]:
+    """All probes of an item that has targets only, as rows of one batch: `[probe][voice]`."""
+    scripts = []
+    for probe in item.probes:
+        query = asked.frame.query(item, probe)
+        scripts.append(Script((*query, *asked.frame.target(probe)), len(query)))
+    forced = asked.stage.force(voices, scripts)
+    return [
+        [_outcome([results[place]], True, None) for results in forced]
+        for place in range(len(scripts))
+    ]
 
 
 def _write(asked: Asked, probe: Probe, voices: list[Voice]) -> list[str | None]:

@@ -1,10 +1,10 @@
 """Several caches that read one prompt in one pass of the model, or that decode together.
 
 What a recipe does to a prompt happens after attention, layer by layer, and changes nothing of the
-pass itself. So one pass serves any number of recipes (`Tee`): each gets its own copy of the keys and
-values, and of what attention reported in the form its policy asked for. Later, when their caches
-differ, the recipes still share the model's matrix products (`Choir`): they are rows of one batch,
-and only attention is done cache by cache.
+pass itself. So one pass serves any number of recipes (`Tee`): each gets its own copy of the keys
+and values, and of what attention reported in the form its policy asked for. Later, when their
+caches differ, the recipes still share the model's matrix products (`Choir`): they are rows of one
+batch, and only attention is done cache by cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tee(Cache):  # type: ignore[misc]
     def __init__(self, caches: Sequence[HiveCache]) -> None:
         compressed = set(caches[0].compressed)
         layers = [
-            (_Told if index in compressed else _Together)([cache.layers[index] for cache in caches])
+            (_Told if index in compressed else Together)([cache.layers[index] for cache in caches])
             for index in range(len(caches[0].layers))
         ]
         super().__init__(layers=layers)
@@ -61,7 +61,7 @@ class Choir(Cache):  # type: ignore[misc]
         super().__init__(layers=layers)
 
 
-class _Group(CacheLayerMixin):  # type: ignore[misc]
+class Group(CacheLayerMixin):  # type: ignore[misc]
     """One layer of several caches, in the place of one; speaks for them through the first."""
 
     is_compileable = False
@@ -88,7 +88,7 @@ class _Group(CacheLayerMixin):  # type: ignore[misc]
         return int(self.members[0].get_max_length())
 
 
-class _Told(_Group):
+class _Told(Group):
     """Attends once, as the full cache would, and tells every member what it needs to know."""
 
     members: list[HiveLayer]
@@ -117,7 +117,7 @@ class _Told(_Group):
         return out
 
 
-class _Together(_Group):
+class Together(Group):
     """A stock layer of a hybrid model while reading: every member gets the same."""
 
     def update(
@@ -132,7 +132,7 @@ class _Together(_Group):
         return keys, values
 
 
-class _Stock(_Group):
+class _Stock(Group):
     """A stock layer of a hybrid model in a choir: equal lengths, so that they fit one batch."""
 
     def __init__(self, members: Sequence[Any], rows: list[int]) -> None:

@@ -15,8 +15,9 @@ _MARKS = ("kvhive-mark-one", "kvhive-mark-two", "kvhive-mark-three")
 class Frame:
     """What a model's chat form puts around words.
 
-    head: before a user's first words. answer: from the end of a user's turn to the answer. gap: between
-    that and words the answer begins with. turn: from the end of an answer to the user's next words.
+    head: before a user's first words. answer: from the end of a user's turn to the answer. gap:
+    between that and words the answer begins with. turn: from the end of an answer to the user's
+    next words.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,7 +57,9 @@ class Frame:
         return tuple(encoded.input_ids)
 
     def prefix(self, item: Item, part: Part) -> tuple[int, ...]:
-        """Ids of the item's context (`part` is its prefix or its bare form), the user's turn left open."""
+        """Ids of the item's context (`part` is its prefix or its bare form), the user's turn left
+        open.
+        """
         head = self.head if item.chat else ""
         if isinstance(part, str):
             return self.ids(head + part)

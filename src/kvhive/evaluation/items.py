@@ -13,11 +13,11 @@ Part = str | tuple[int, ...]  # text, or token ids where text would not survive 
 class Probe:
     """One question about a context.
 
-    query: what follows the context. cue: how the answer begins; it is given, not scored.
-    target: the answer whose every token is scored with the tokens before it given. choices: answers of
+    query: what follows the context. cue: how the answer begins; it is given, not scored. target:
+    the answer whose every token is scored with the tokens before it given. choices: answers of
     which the likeliest is taken; gold: the index of the right one. references: accepted texts of a
-    generated answer of at most `limit` tokens (0: nothing is generated), which ends early before any
-    of `stop`. history: what a conversation holds as the answer afterwards.
+    generated answer of at most `limit` tokens (0: nothing is generated), which ends early before
+    any of `stop`. history: what a conversation holds as the answer afterwards.
     """
 
     query: Part
@@ -36,9 +36,10 @@ class Probe:
 class Item:
     """A context and the questions asked of it.
 
-    prefix: everything before the first question; what is compressed. bare: the same without what the
-    questions are about, for the floor. chat: whether prefix and query are a user's turn. cluster: items
-    that share it (one question in three places, say) are resampled together. facts: carried to every row.
+    prefix: everything before the first question; what is compressed. bare: the same without what
+    the questions are about, for the floor. chat: whether prefix and query are a user's turn.
+    cluster: items that share it (one question in three places, say) are resampled together. facts:
+    carried to every row.
     """
 
     id: str

@@ -18,8 +18,8 @@ Unit = Literal["share", "nats", "perplexity"]
 class Measure:
     """A named number for every probe.
 
-    unit: "share" lies in 0..1, "nats" are natural logarithms, "perplexity" are nats whose mean is shown
-    as exp(mean). lower_is_better: as for losses.
+    unit: "share" lies in 0..1, "nats" are natural logarithms, "perplexity" are nats whose mean is
+    shown as exp(mean). lower_is_better: as for losses.
     """
 
     name: str
@@ -51,7 +51,9 @@ def _nll(probe: Probe, outcome: Outcome) -> float | None:
 
 
 def _best(scores: Sequence[float], gold: int) -> float:
-    """1 if the gold choice is the best; a tie is shared among the tied, so that no prior means chance."""
+    """1 if the gold choice is the best; a tie is shared among the tied, so that no prior means
+    chance.
+    """
     top = max(scores)
     tied = [place for place, score in enumerate(scores) if score == top]
     return 1 / len(tied) if gold in tied else 0.0
@@ -88,7 +90,9 @@ def _over_gains(score: Callable[[Sequence[float], int], float]) -> Callable[[Ans
 
 
 def centred(scores: Sequence[Sequence[float]]) -> list[list[float]]:
-    """`scores[question][choice]` minus each choice's mean: what a choice owes to the question asked."""
+    """`scores[question][choice]` minus each choice's mean: what a choice owes to the question
+    asked.
+    """
     means = [mean(column) for column in zip(*scores, strict=True)]
     return [[score - base for score, base in zip(row, means, strict=True)] for row in scores]
 

@@ -26,8 +26,8 @@ MOST_BYTES = 2**30  # of copies of caches at work at one time
 class Voice:
     """One recipe's cache of one row, and what it says next.
 
-    logits: `[vocabulary]` of the next token; None when nothing was read. singly: whether tokens that
-    follow the prompt must come one at a time, because the recipe evicts while decoding.
+    logits: `[vocabulary]` of the next token; None when nothing was read. singly: whether tokens
+    that follow the prompt must come one at a time, because the recipe evicts while decoding.
     """
 
     recipe: str
@@ -53,7 +53,9 @@ class Script:
 
 @dataclass(frozen=True)
 class Forced:
-    """Of every scored token of a script: its natural log probability, and whether it was the likeliest."""
+    """Of every scored token of a script: its natural log probability, and whether it was the
+    likeliest.
+    """
 
     logprobs: tuple[float, ...]
     hits: tuple[bool, ...]
@@ -75,8 +77,8 @@ def evicts_while_decoding(recipe: Recipe) -> bool:
 class Stage:
     """A model, and recipes to run on it.
 
-    block: None reads a prompt in one step, shared by all recipes that allow it; a number feeds it in
-    blocks of so many tokens, after each of which every recipe evicts ("strict").
+    block: None reads a prompt in one step, shared by all recipes that allow it; a number feeds it
+    in blocks of so many tokens, after each of which every recipe evicts ("strict").
     """
 
     def __init__(
@@ -95,14 +97,14 @@ class Stage:
         if ids and self.block is None:
             shared = [place for place, cache in enumerate(caches) if reads_like_others(cache)]
             if shared:
-                said = self._step(Tee([caches[place] for place in shared]), [ids], keep=1)[0, -1]
+                said = self.step(Tee([caches[place] for place in shared]), [ids], keep=1)[0, -1]
                 logits.update((place, said) for place in shared)
             for place in set(range(len(caches))) - set(shared):
                 logits[place] = read(self.model, caches[place], ids)
         elif ids:
             for start in range(0, len(ids), self.block or 1):
                 block = ids[start : start + (self.block or 1)]
-                said = self._sing(caches, [[block]] * len(caches), keep=1)
+                said = self.sing(caches, [[block]] * len(caches), keep=1)
                 logits = {place: rows[0, -1] for place, rows in enumerate(said)}
         return [
             Voice(str(recipe), cache, logits.get(place), self._singly(cache))
@@ -115,21 +117,32 @@ class Stage:
     # ---- going on -------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def follow(self, voices: Sequence[Voice], ids: Sequence[int]) -> list[Tensor]:
+        """As `advance`, but says the logits after every token: `[tokens, vocabulary]` for each
+        voice.
+        """
+        told: list[list[Tensor]] = [[] for _ in voices]
+        for group, size in _by_step(voices, len(ids) - 1):
+            # The last token comes alone: storage then grows as for decoding, before copies are made.
+            cuts = [*range(0, len(ids) - 1, max(1, size)), len(ids) - 1]
+            for start, stop in zip(cuts, [*cuts[1:], len(ids)], strict=True):
+                step, caches = list(ids[start:stop]), [voice.cache for voice in group]
+                said = self.sing(caches, [[step]] * len(group), len(step))
+                for voice, logits in zip(group, said, strict=True):
+                    told[voices.index(voice)].append(logits[0])
+            for voice in group:
+                voice.logits, voice.end = told[voices.index(voice)][-1][-1], held(voice.cache)
+        return [torch.cat(parts) for parts in told]
+
     def advance(self, voices: Sequence[Voice], ids: Sequence[int]) -> None:
         """Feed the same tokens to all voices, as decoding would: nothing is compressed anew."""
-        if not ids:
-            return
-        for group, size in _by_step(voices, len(ids)):
-            caches = [voice.cache for voice in group]
-            for start in range(0, len(ids), size):
-                step = list(ids[start : start + size])
-                said = self._sing(caches, [[step]] * len(group), keep=1)
-            for voice, logits in zip(group, said, strict=True):
-                voice.logits, voice.end = logits[0, -1], held(voice.cache)
+        if ids:
+            self.follow(voices, ids)
 
     @torch.no_grad()
     def force(self, voices: Sequence[Voice], scripts: Sequence[Script]) -> list[list[Forced]]:
-        """How likely each voice finds each script, from where it stands; the voices stay as they are.
+        """How likely each voice finds each script, from where it stands; the voices stay as they
+        are.
 
         The result is `[voice][script]`. Each voice's `end` is set to what its copy held at last.
         """
@@ -213,7 +226,7 @@ class Stage:
                 if len(answer := answers[voices.index(voice)]) < limit and not done(answer)
             ]:
                 steps = [[answers[voices.index(voice)][-1:]] for voice in writing]
-                said = self._sing([voice.cache for voice in writing], steps, keep=1)
+                said = self.sing([voice.cache for voice in writing], steps, keep=1)
                 for voice, logits in zip(writing, said, strict=True):
                     voice.logits = logits[0, -1]
                     answers[voices.index(voice)].append(int(voice.logits.argmax()))
@@ -223,7 +236,7 @@ class Stage:
 
     # ---- the model ------------------------------------------------------------------------------
 
-    def _sing(
+    def sing(
         self, caches: Sequence[HiveCache], rows: Sequence[Sequence[Sequence[int]]], keep: int
     ) -> list[Tensor]:
         """One step for all caches, `rows[cache][row]`; logits of the last `keep` tokens of each."""
@@ -236,13 +249,14 @@ class Stage:
         self, caches: Sequence[HiveCache], counts: Sequence[int], ids: Tensor, keep: int
     ) -> Tensor:
         if len(caches) == 1:
-            return self._step(caches[0], ids, keep)
+            return self.step(caches[0], ids, keep)
         if all(can_join(cache) for cache in caches):
-            return self._step(Choir(caches, counts), ids, keep)
+            return self.step(Choir(caches, counts), ids, keep)
         parts = zip(caches, ids.split(list(counts)), strict=True)
-        return torch.cat([self._step(cache, rows, keep) for cache, rows in parts])
+        return torch.cat([self.step(cache, rows, keep) for cache, rows in parts])
 
-    def _step(self, cache: object, ids: Tensor | Sequence[Sequence[int]], keep: int) -> Tensor:
+    @torch.no_grad()
+    def step(self, cache: object, ids: Tensor | Sequence[Sequence[int]], keep: int) -> Tensor:
         tokens = torch.as_tensor(ids, device=self.model.device)
         only = {"logits_to_keep": keep} if self._skips_logits else {}
         output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **only)
@@ -251,7 +265,9 @@ class Stage:
 
 
 def _by_step(voices: Sequence[Voice], length: int) -> list[tuple[list[Voice], int]]:
-    """Voices that take `length` tokens in one step, held still meanwhile, and those that take them singly."""
+    """Voices that take `length` tokens in one step, held still meanwhile, and those that take them
+    singly.
+    """
     at_once = [voice for voice in voices if not voice.singly]
     for voice in at_once:
         voice.cache.freeze()
@@ -273,7 +289,9 @@ def _said(voice: Voice) -> Tensor:
 
 
 def _score(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probability (float64) and arg-max agreement of `token` `[rows]` under `[rows, vocabulary]`."""
+    """Log probability (float64) and arg-max agreement of `token` `[rows]` under `[rows,
+    vocabulary]`.
+    """
     wide = logits.float()
     chosen = wide.gather(-1, token[:, None])[:, 0] - wide.logsumexp(-1)
     return chosen.double().cpu(), (wide.argmax(-1) == token).cpu()

@@ -133,14 +133,17 @@ def _one_pass(
         size, seen = stop - start, n - q + stop  # slots the chunk's last query may see
         weights = _chunk_weights(query, keys, scale, valid, n, start, stop, scratch)
         narrow = scratch.narrow(weights).view(batch, kv_heads, -1, weights.shape[-1])
-        chunk_out = (narrow @ values[:, :, : weights.shape[-1]]).view(batch, heads, -1, out.shape[-1])
+        chunk_out = (narrow @ values[:, :, : weights.shape[-1]]).view(
+            batch, heads, -1, out.shape[-1]
+        )
         out[:, :, start:stop] = chunk_out[:, :, :size]
         weights = weights[:, :, :, :size, :seen]
         if real is not None:
             weights *= real[:, None, None, start:stop, None]
             out[:, :, start:stop] *= real[:, None, start:stop, None]
-        if columns is not None:
-            columns[..., :seen] += _columns(weights, needs, behind=q - stop)
+        votes = _columns(weights, needs, behind=q - stop)
+        if columns is not None and votes is not None:
+            columns[..., :seen] += votes
         if stop > first_row:
             begin = max(start, first_row)
             tail = weights[:, :, :, begin - start :].reshape(batch, heads, stop - begin, seen)

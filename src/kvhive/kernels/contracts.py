@@ -43,7 +43,7 @@ class Needs:
 
     @property
     def votes(self) -> bool:
-        """Whether a query leaves a trace in what the policy knows, so that it cannot be taken back."""
+        """Whether queries leave a trace in what the policy knows and cannot be taken back."""
         return self.attention or self.queries
 
 
@@ -63,7 +63,7 @@ class Observed:
     keys, values: `[b, K, n, d]` as held. queries: `[b, H, q, d]`.
     fresh: `q`, how many of the slots this step brought.
     scale: what attention multiplies the product of a query and a key by.
-    rotation: how the layer turns queries and keys; None where they are not turned, or nobody knows how.
+    rotation: how the layer turns queries and keys; None where it does not, or nobody knows how.
     """
 
     fresh: int

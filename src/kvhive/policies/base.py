@@ -26,7 +26,7 @@ def knob(default: Any, meaning: str) -> Any:
 
 
 def one_of(policy: str, knob: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise `ValueError`, naming all three, unless a policy's knob has one of the values allowed."""
+    """Raise `ValueError`, naming all three, unless a policy's knob has an allowed value."""
     if value not in allowed:
         raise ValueError(f"{policy}: {knob} must be one of {allowed}, got {value!r}")
 
@@ -123,7 +123,7 @@ class Policy:
         """Fold a step's report into the slots' columns. Called once a step, after the slots were added."""
 
     def weigh(self, slots: Slots, held: Observed) -> None:
-        """Score what is held, right before `select`: for scores that change with the company they are in.
+        """Score what is held, right before `select`: for scores that change with the others held.
 
         held: keys and values as attention reads them, where `needs` asks for them, and no attention
         (`fresh` is 0). Steps that evict nothing do not come here, so reading all keys costs little.

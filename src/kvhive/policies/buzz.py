@@ -263,12 +263,17 @@ class Buzz(Policy):
         return hive.choose(over, (stay, sample), (slots.valid, sample))
 
     def _cells(self, slots: Slots, room: Tensor) -> Tensor:
-        """Cells a generation: as given, or so that all generations fill half of the room."""
+        """Cells a generation: as given, or so that all generations fill three quarters of the room."""
         if self.cells is not None:
             return torch.full_like(room, self.cells)
-        blocks = hive.ceil_div(hive.tokens_seen(slots), self.stride)
-        depth = torch.frexp(blocks.double()).exponent.clamp_min(1)  # its binary digits
-        return (room // (2 * depth)).clamp_min(1)
+        blocks = hive.ceil_div(hive.tokens_seen(slots), self.stride).clamp_min(1)
+        cells, found = torch.ones_like(room), torch.zeros_like(room, dtype=torch.bool)
+        for depth in range(1, int(blocks.max()).bit_length() + 1):
+            tried = (3 * room // (4 * depth)).clamp_min(1)
+            deepest = torch.frexp((1 + (blocks - 1) // tried).double()).exponent  # binary digits
+            fits = ~found & (deepest <= depth)
+            cells, found = torch.where(fits, tried, cells), found | fits
+        return cells
 
 
 def generations(seen: int, stride: int) -> int:

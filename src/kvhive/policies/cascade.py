@@ -1,8 +1,8 @@
 """A cascade of windows: tokens that fall out of one may enter the next, which moves more rarely.
 
-When a token may enter is a matter of time alone; only which of the candidates wins depends on scores.
-So tokens are not inserted one by one: level by level, arrivals are cut into the groups that compete
-for one place, and each group's winner is found at once.
+When a token may enter is a matter of time alone; only which of the candidates wins depends on
+scores. So tokens are not inserted one by one: level by level, arrivals are cut into the groups that
+compete for one place, and each group's winner is found at once.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def latest_winners(group: Tensor, member: Tensor, score: Tensor) -> Tensor:
 
 
 def pushed_at(group: Tensor, opening: Tensor, time: Tensor, size: Tensor) -> Tensor:
-    """int64 `[b, K, n]`: when each member is handed on: when group + size opens; `NOW` if it is open.
+    """int64 `[b, K, n]`: when each member is handed on, if it is.
 
-    opening: bool, arrivals that open their group; time: when.
+    That is when the group `size` groups later opens, `NOW` if it is open already. opening: bool,
+    arrivals that open their group; time: when.
     """
     table = torch.full_like(time, NOW)
     last = torch.full_like(group, table.shape[-1])

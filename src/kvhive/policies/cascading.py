@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
-from kvhive.policies.base import POLICIES, Policy, Positions, knob
+from kvhive.policies.base import POLICIES, Policy, Positions, at_least, knob, one_of
 from kvhive.policies.cascade import insert
+from kvhive.policies.selection import new_tokens
 from kvhive.slots import Column, Slots
 
-MOST_SINKS = 64
+MOST_SINKS, MOST_LEVELS = 64, 32
 
 
 @POLICIES.register("cascading")
@@ -23,14 +24,14 @@ class Cascading(Policy):
     """Split the window into levels, each moving half as often as the one before.
 
     Tokens that fall out of level i may enter level i + 1, which is open to them every
-    `strides[i + 1]` steps only; in between, the better attended of two candidates has the place. The
-    same memory as sinks and one window reaches back about (2^levels - 1) / levels times as far.
-    Source: Willette et al. 2024, arXiv:2406.17808; the authors' kernel where the two differ. Ties: the
-    later token. State: float32 score and a byte of level per slot, the number of sinks per head.
+    `strides[i + 1]` steps only; in between, the better attended of two candidates has the place.
+    The same memory as sinks and one window reaches back about (2^levels - 1) / levels times as far.
 
-    A budget gives each level (budget - sink) / levels places, what is left over to the newest. Where
-    more than one token is inserted at a time (prompts, chunks, and decoding with slack) they are
-    inserted in order, by the scores of that moment.
+    A budget gives each level (budget - sink) / levels places, and what is left over to the newest.
+    Tokens that come at once (a prompt, a chunk, in decoding what slack lets gather) are inserted in
+    order, by the scores they have then.
+    Source: Willette et al. 2024, arXiv:2406.17808; the authors' kernel where the two differ. Ties:
+    the later token. State: float32 score and one byte per slot, the number of sinks per head.
     """
 
     source: ClassVar[str] = "arXiv:2406.17808"
@@ -53,10 +54,10 @@ class Cascading(Policy):
     def __post_init__(self) -> None:
         for name, least in (("levels", 1), ("sink", 0), ("places", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"cascading: {name} must be at least {least}, got {value}")
-        if self.levels > 127:
-            raise ValueError(f"cascading: levels must be at most 127, got {self.levels}")
+            if value is not None:
+                at_least("cascading", name, value, least)
+        if self.levels > MOST_LEVELS:
+            raise ValueError(f"cascading: levels must be at most {MOST_LEVELS}, got {self.levels}")
         if self.strides is not None and (len(self.strides) != self.levels or min(self.strides) < 1):
             raise ValueError(
                 f"cascading: strides must be {self.levels} numbers of at least 1, one a level, "
@@ -64,10 +65,7 @@ class Cascading(Policy):
             )
         if not 0 < self.beta < 1:
             raise ValueError(f"cascading: beta must lie in (0, 1), got {self.beta}")
-        if self.reduce not in ("max", "mean", "median"):
-            raise ValueError(
-                f"cascading: reduce must be 'max', 'mean' or 'median', got {self.reduce!r}"
-            )
+        one_of("cascading", "reduce", self.reduce, ("max", "mean", "median"))
 
     @property
     def needs(self) -> Needs:
@@ -82,12 +80,12 @@ class Cascading(Policy):
     @property
     def counters(self) -> Mapping[str, torch.dtype]:
         """The number of sinks, settled when a head is first over its budget."""
-        return {"sinks": torch.int16}
+        return {"sinks": torch.int32}
 
     @property
     def least_budget(self) -> int:
         """The sinks, and one token a level."""
-        return self.levels + (1 if self.sink is None else self.sink)
+        return self.levels + (1 if self._given_sink is None else self._given_sink)
 
     @property
     def implied_budget(self) -> int | None:
@@ -104,18 +102,13 @@ class Cascading(Policy):
         return None if self._whole is None else 0
 
     def observe(self, slots: Slots, seen: Observed) -> None:
-        """score = beta^q * score + (1 - beta) * this step's decayed column sums, of one or all heads."""
+        """score = beta^q * score + (1 - beta) * the step's column sums, weighed by beta^age."""
         assert seen.columns is not None
         heads = 1 if self.homogeneous else slots.heads
-        grouped = seen.columns.unflatten(1, (heads, -1))
-        received = {
-            "max": lambda: grouped.amax(2),
-            "mean": lambda: grouped.mean(2),
-            "median": lambda: grouped.median(2).values,
-        }[self.reduce]()
-        queries = (slots.position[:, :1, -seen.fresh :] >= 0).sum(-1, keepdim=True)
-        decay = (self.beta ** queries.double()).float()
-        slots["score"].mul_(decay).add_(received, alpha=1 - self.beta)
+        grouped = seen.columns.view(len(seen.columns), heads, -1, slots.length)
+        received = _reduced(grouped, self.reduce)
+        decay = self.beta ** new_tokens(slots, seen.fresh).double()
+        slots["score"].mul_(decay[..., None].float()).add_(received, alpha=1 - self.beta)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """Insert the tokens that came since, level by level; what is in none is dropped."""
@@ -140,30 +133,41 @@ class Cascading(Policy):
         return self.strides or tuple(2**level for level in range(self.levels))
 
     @property
+    def _given_sink(self) -> int | None:
+        """The number of sinks where the knobs alone decide it; None where the budget does."""
+        if self.sink is not None or self.places is None:
+            return self.sink
+        return min(MOST_SINKS, max(1, self.levels * self.places // 16))
+
+    @property
     def _whole(self) -> int | None:
-        """The budget that given `places` add up to."""
-        if self.places is None:
+        """The budget that the knobs add up to, where `places` is given."""
+        if self.places is None or self._given_sink is None:
             return None
-        room = self.levels * self.places
-        return room + (min(MOST_SINKS, max(1, room // 16)) if self.sink is None else self.sink)
+        return self._given_sink + self.levels * self.places
 
     def _regions(self, slots: Slots, budget: Tensor) -> tuple[Tensor, Tensor]:
         """Sinks int64 `[b, K]` and places in each level int64 `[levels, b, K]`.
 
-        Sinks are settled once: a smaller budget (slack, or room made for a turn) shortens the levels.
+        Sinks are settled once: a smaller budget (slack, room made for a turn) shortens the levels.
         """
         if self._whole is not None:
             budget = torch.where(budget > 0, budget, self._whole).clamp_max(self._whole)
+        sinks = (budget // 16).clamp(1, MOST_SINKS)
+        if self._given_sink is not None:
+            sinks = torch.full_like(budget, self._given_sink)
         settled = slots.counters["sinks"].long()
-        if self.sink is None:
-            whole = budget if self._whole is None else torch.full_like(budget, self._whole)
-            usual = (whole // 16).clamp(1, MOST_SINKS)
-        else:
-            usual = torch.full_like(budget, self.sink)
-        sinks = torch.where(settled > 0, settled, usual)
+        sinks = torch.where(settled > 0, settled, sinks)
         sinks = torch.minimum(sinks, budget - self.levels)
         places = (budget - sinks) // self.levels
         sizes = places.expand(self.levels, *places.shape).clone()
         if self.places is None:
             sizes[0] += (budget - sinks) % self.levels
         return sinks, sizes
+
+
+def _reduced(grouped: Tensor, how: Literal["max", "mean", "median"]) -> Tensor:
+    """float32 `[b, K, G, n]` -> `[b, K, n]`; of an even number the median is the lower one."""
+    if how == "max":
+        return grouped.amax(2)
+    return grouped.mean(2) if how == "mean" else grouped.median(2).values

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
 from kvhive.policies import votes
-from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
 from kvhive.policies.selection import keep_top, recent
-from kvhive.policies.votes import Threshold
 from kvhive.slots import Column, Slots
 
 MOST, LEAST = 256, 16  # bounds of history and recent where the tokens seen decide them
@@ -25,13 +24,14 @@ UNBOUNDED = 1 << 40
 class Corm(Policy):
     """Keep what any of the last `history` queries gave more than its even share, and a recent few.
 
-    A query that has seen t tokens finds a key important if it gives it at least 1/t of its attention;
-    for a KV head, if any query head of the group does. A token stays while one of the last `history`
-    queries found it important or it is among the `recent` newest. Nothing is dropped before `history`
-    queries were seen. The size follows the content, head by head; nothing bounds it but `cap`.
+    A query that has seen t tokens finds a key important if it gives it at least 1/t of its
+    attention; for a KV head, if any query head of the group does. A token stays while one of the
+    last `history` queries found it important or it is among the `recent` newest. Nothing is dropped
+    before `history` queries were seen. The size follows the content, head by head; nothing bounds
+    it but `cap`.
 
-    With a budget (`corm@0.4`) nothing is dropped until a head exceeds it; then the rule is applied, and
-    if more remain than allowed, the tokens with most votes stay (ties: the newer).
+    With a budget (`corm@0.4`) nothing is dropped until a head exceeds it; then the rule is applied,
+    and if more remain than allowed, the tokens with most votes stay (ties: the newer).
     Source: Dai et al. 2024, arXiv:2404.15949; no code was released. State: `history` bits per slot.
     """
 
@@ -44,7 +44,7 @@ class Corm(Policy):
     recent: int | None = knob(
         None, "newest tokens kept; default budget / 4, without one seen / 16 in 16..256"
     )
-    threshold: Threshold = knob(
+    threshold: Literal["seen", "cache"] = knob(
         "seen", "an even share: 1 / tokens seen by the query, or 1 / keys it could see ('cache')"
     )
     cap: int | None = knob(None, "most tokens a head holds although it has no budget")
@@ -53,14 +53,13 @@ class Corm(Policy):
     def __post_init__(self) -> None:
         for name in ("history", "recent", "cap", "every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"corm: {name} must be at least 1, got {value}")
+            if value is not None:
+                at_least("corm", name, value, 1)
         if self.cap is not None and self.cap < self.least_budget:
             raise ValueError(
                 f"corm: cap must be at least recent + 1 = {self.least_budget}, got {self.cap}"
             )
-        if self.threshold not in ("seen", "cache"):
-            raise ValueError(f"corm: threshold must be 'seen' or 'cache', got {self.threshold!r}")
+        one_of("corm", "threshold", self.threshold, ("seen", "cache"))
 
     @property
     def needs(self) -> Needs:
@@ -83,7 +82,7 @@ class Corm(Policy):
         return True
 
     def own_limit(self, seen: int) -> int:
-        """0, select and size yourself, once enough queries were seen and it is time; else the cap."""
+        """0 (select, and size yourself) once enough queries were seen, if it is time."""
         remembered = int(self._remembered(torch.tensor(self.cap or UNBOUNDED), torch.tensor(seen)))
         due = seen >= remembered and seen % self.every == 0
         return 0 if due else min(seen, self.cap or seen)
@@ -93,7 +92,7 @@ class Corm(Policy):
         assert seen.rows is not None
         number = seen.rows.shape[2]
         share = votes.average_share(slots, number, self.threshold)
-        grouped = seen.rows.unflatten(1, (slots.heads, -1))
+        grouped = votes.by_group(seen.rows, slots.heads)
         important = (grouped >= share[:, :, None, :, None]).any(2)
         votes.record(slots["votes"], important, slots.position[:, 0, -number:], self._ring)
 
@@ -115,7 +114,7 @@ class Corm(Policy):
         return self.history or min(MOST, self.cap or MOST)
 
     def _remembered(self, bound: Tensor, seen: Tensor) -> Tensor:
-        """int64, as `bound`: queries to remember, by the bound on the tokens held or by those seen."""
+        """int64, as `bound`: queries to remember, by the bound on tokens held or by those seen."""
         if self.history is not None:
             return torch.full_like(bound, self.history)
         return torch.where(bound < UNBOUNDED, bound.clamp_max(MOST), _sixteenth(seen))

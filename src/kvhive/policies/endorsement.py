@@ -1,22 +1,24 @@
-"""Endorsement: the percentile votes of the code released with Scissorhands, without its loops.
+"""Endorsement: the percentile votes of the code released with Scissorhands.
 
 A query endorses the keys that it gives more than a threshold, and a key is visible to the query at
 position i if it is among the `recent` before i or a query in [i - history, i) endorsed it. What a
 query endorses depends on what it could see, and so on all queries before it: a recurrence over the
-prompt. It is solved for blocks of queries at once by iterating from a guess until nothing changes;
-as no query depends on later ones, the result is the one that a loop would find.
+prompt that has to be walked query by query. The position of a key's last endorsement says all that
+later queries need to know, so that a query costs O(n), however long the history.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvhive.policies.votes import by_group
 from kvhive.slots import Slots
 
-BLOCK = 64  # queries solved together
+BLOCK = 64  # queries whose probabilities are worked out together
 
 
 @dataclass(frozen=True)
@@ -44,71 +46,58 @@ class Rule:
 
 def endorse(
     rule: Rule, slots: Slots, endorsed: Tensor, query: Tensor, keys: Tensor, scale: float
-) -> Tensor:
-    """Let the step's queries endorse, and say what each could see: bool `[b, K, q, n]`.
+) -> Iterator[Tensor]:
+    """Let the step's queries endorse, and yield for each what it sees: bool `[b, K, n]`.
 
     endorsed: int32 `[b, K, n]`, updated in place; see `Rule.visible`. query `[b, H, q, d]`, keys
     `[b, K, n, d]`. Padded queries see nothing.
     """
-    blocks = []
-    for start in range(0, query.shape[2], BLOCK):
-        stop = min(start + BLOCK, query.shape[2])
-        position, causal = _block(slots, query.shape[2], start, stop)
-        weights = _weights(query[:, :, start:stop], keys, scale, causal)
-        seen = _solve(rule, slots, endorsed, weights, position, causal)
-        blocks.append(seen)
-    return torch.cat(blocks, 2)
+    fresh = query.shape[2]
+    position = slots.position
+    for start in range(0, fresh, BLOCK):
+        stop = min(start + BLOCK, fresh)
+        length = slots.length - fresh + stop  # slots that the block's last query may see
+        causal = _causal(position[..., :length], stop - start)
+        weights = _weights(query[:, :, start:stop], keys[:, :, :length], scale, causal)
+        threshold = _threshold(rule, slots, weights)
+        total = weights.sum(-1, keepdim=True).clamp_min(1e-30)
+        own, last = position[..., :length], endorsed[..., :length]
+        for row in range(stop - start):
+            time = position[:, :1, length - (stop - start) + row, None]
+            seen = causal[:, :, row] & rule.visible(own, time, last)
+            given, least = weights[:, :, :, row], threshold[:, :, :, row]
+            # Pruning raises what is left by one over its share. Compared this way, a row of which
+            # nothing was pruned gives exactly the votes it gave unpruned.
+            share = (given * seen[:, :, None]).sum(-1, keepdim=True) / total[:, :, :, row]
+            votes = ((given > least * share) & seen[:, :, None]).any(2)
+            last.copy_(torch.where(votes, time + 1, last))
+            yield torch.nn.functional.pad(seen, (0, slots.length - length))
 
 
-def _block(slots: Slots, fresh: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Positions int32 `[b, 1, r]` of the step's queries start..stop-1; the keys they could see."""
-    first = slots.length - fresh
-    position = slots.position[:, :1, first + start : first + stop]
-    slot = torch.arange(slots.length, device=position.device)
-    causal = (slot <= slot[first + start : first + stop, None]) & slots.valid[:, :, None, :]
-    return position, causal & (position >= 0)[..., None]
+def _causal(position: Tensor, rows: int) -> Tensor:
+    """bool `[b, K, rows, n]`: tokens that each of the last `rows` queries could see; padding none."""
+    slot = torch.arange(position.shape[-1], device=position.device)
+    valid = position >= 0
+    return (slot <= slot[-rows:, None]) & valid[:, :, None, :] & valid[:, :, -rows:, None]
 
 
 def _weights(query: Tensor, keys: Tensor, scale: float, causal: Tensor) -> Tensor:
     """Probabilities with nothing pruned, float32 `[b, K, G, r, n]`; zeros for padded queries."""
-    grouped = query.unflatten(1, (keys.shape[1], -1))
+    grouped = by_group(query, keys.shape[1])
     logits = (grouped @ keys[:, :, None].transpose(-1, -2)).float() * scale
-    return logits.masked_fill(~causal[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-
-
-def _solve(
-    rule: Rule,
-    slots: Slots,
-    endorsed: Tensor,
-    weights: Tensor,
-    position: Tensor,
-    causal: Tensor,
-) -> Tensor:
-    """The fixed point for one block: bool `[b, K, r, n]`, what each query sees; updates `endorsed`."""
-    threshold = _threshold(rule, slots, weights)
-    total = weights.sum(-1, keepdim=True)
-    time = position[..., None]
-    votes = (weights > threshold).any(2)
-    while True:
-        last = torch.where(votes, time + 1, 0).cummax(2).values
-        before = torch.cat([endorsed[:, :, None], torch.maximum(last, endorsed[:, :, None])], 2)
-        own = slots.position[:, :, None, :]
-        seen = causal & rule.visible(own, time, before[:, :, :-1])
-        # Pruning raises what is left by one over its share; compared this way, a row of which nothing
-        # was pruned gives exactly the votes it gave unpruned.
-        share = (weights * seen[:, :, None]).sum(-1, keepdim=True) / total.clamp_min(1e-30)
-        settled = ((weights > threshold * share) & seen[:, :, None]).any(2)
-        if torch.equal(settled, votes):
-            endorsed.copy_(before[:, :, -1])
-            return seen
-        votes = settled
+    hidden = ~causal[:, :, None]
+    return logits.masked_fill_(hidden, float("-inf")).softmax(-1).nan_to_num_(0.0)
 
 
 def _threshold(rule: Rule, slots: Slots, weights: Tensor) -> Tensor:
-    """float32 `[b, K, G, r, 1]`: the probability to exceed; zeros of keys to come count in its rank."""
+    """float32 `[b, K, G, r, 1]`: what to exceed; in its rank, keys to come count as zeros."""
+    to_come = slots.length - weights.shape[-1]
     empty = slots.length - slots.count
-    place = (rule.rank(slots.count) + empty).clamp_max(slots.length - 1)
+    place = (rule.rank(slots.count) + empty).clamp_max(slots.length - 1) - to_come
+    if bool((place < 0).all()):
+        return torch.zeros_like(weights[..., :1])
     if bool((place == place[:1, :1]).all()):
         return weights.kthvalue(int(place[0, 0]) + 1, -1, keepdim=True).values
     place = place[:, :, None, None, None].expand(*weights.shape[:-1], 1)
-    return weights.sort(-1).values.gather(-1, place)
+    ranked = weights.sort(-1).values.gather(-1, place.clamp_min(0))
+    return ranked.masked_fill(place < 0, 0.0)

@@ -21,14 +21,15 @@ from kvhive.slots import Column, Slots
 class ExpectedAttention(Policy):
     """Keep the tokens that future queries are expected to draw most from.
 
-    Queries, turned back to position 0, are taken to be Gaussian. Turned to each of the next `future`
-    positions and averaged, that distribution gives E[exp(q k)] in closed form; normalised over the
-    tokens held, averaged over the query heads of the group and multiplied by the length of the value
-    (`+ epsilon` before), it is the score. The first `sink` tokens stay. Ties: the older token.
-    The distribution is that of the prompt's queries; while decoding, of the last `queries` ones.
+    Queries, turned back to position 0, are taken to be Gaussian. Turned to each of the next
+    `future` positions and averaged, that distribution gives E[exp(q k)] in closed form; normalised
+    over the tokens held, averaged over the query heads of the group and multiplied by the length of
+    the value (`+ epsilon` before), it is the score. The first `sink` tokens stay. Ties: the older
+    token. The distribution is that of the prompt's queries; while decoding, of the last `queries`
+    ones.
 
-    Source: Devoto et al. 2025, arXiv:2510.00636; `ExpectedAttentionPress` of kvpress. State: float32
-    score per slot, the last `queries` queries of a layer.
+    Source: Devoto et al. 2025, arXiv:2510.00636; `ExpectedAttentionPress` of kvpress. State:
+    float32 score per slot, the last `queries` queries of a layer.
     """
 
     source: ClassVar[str] = "arXiv:2510.00636"
@@ -66,7 +67,7 @@ class ExpectedAttention(Policy):
         return self.sink + 1
 
     def slack(self, budget: int) -> int:
-        """An eighth of the budget, at most 128: an eviction costs as much as many steps' attention."""
+        """An eighth of the budget, at most 128: an eviction costs as much as many steps."""
         return min(128, budget // 8)
 
     def acts(self, decoding: bool) -> bool:

@@ -13,8 +13,8 @@ from kvhive.rope import Rotation
 class QueryRing:
     """The last `size` queries of every row, with their positions, held in a policy's state.
 
-    queries: `[b, H, size, d]` in the model's dtype, in no particular order; position: int32 `[b, size]`,
-    -1 where there is none yet. One more place takes what is padding.
+    queries: `[b, H, size, d]` in the model's dtype, in no particular order; position: int32 `[b,
+    size]`, -1 where there is none yet. One more place takes what is padding.
     """
 
     def __init__(self, state: dict[str, Tensor], like: Tensor | None = None, size: int = 0) -> None:
@@ -39,8 +39,8 @@ class QueryRing:
         """Take in a step's queries `[b, H, q, d]`; the newest replace the oldest.
 
         position: int32 `[b, q]`, that of the slots under the queries. A query is new if its slot is
-        newer than all known: below padding there may be old slots. Returns position and bool `[b, q]`,
-        which are new.
+        newer than all known: below padding there may be old slots. Returns position and bool `[b,
+        q]`, which are new.
         """
         size = self.position.shape[1]
         fresh = position > self.position.amax(1, keepdim=True)
@@ -86,7 +86,7 @@ class Gaussian:
         return Gaussian(mean, chosen)
 
     def ahead(self, start: Tensor, span: int, rotation: Rotation | None) -> Gaussian:
-        """Turned by the mean rotation of positions start, ..., start + span - 1 (start: int `[b]`)."""
+        """Turned by the mean rotation of positions start .. start + span - 1 (start: int `[b]`)."""
         if rotation is None:
             return self
         cos, sin = rotation.ahead(start[:, None], span, int(start.max()))

@@ -47,11 +47,12 @@ class H2O(Policy):
 
     @property
     def least_budget(self) -> int:
-        """The window, and one heavy hitter."""
-        return 1 if self.recent is None else self.recent + 1
+        """The window alone (no heavy hitter) is a budget too."""
+        return max(1, self.recent or 0)
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """score += this step's column sums."""
+        assert seen.columns is not None
         slots["score"].add_(seen.columns)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ class L2Norm(Policy):
     """Keep the keys with the smallest Euclidean norm in each KV head; no attention is looked at.
 
     Ties: the older token. A rotation changes no norm, so it does not matter that keys are rotated.
-    Layers in `skip_layers` keep everything and do not count towards the budget.
-    Source: Devoto et al. 2024, arXiv:2406.11430; `l2_compress` of the authors' code, `KnormPress` of
-    kvpress. State: float32 norm per slot, so that keys are read once, when they arrive.
+    Layers in `skip_layers` keep everything and do not count towards the budget. Source: Devoto et
+    al. 2024, arXiv:2406.11430; `l2_compress` of the authors' code, `KnormPress` of kvpress. State:
+    float32 norm per slot, so that keys are read once, when they arrive.
     """
 
     source: ClassVar[str] = "arXiv:2406.11430"
@@ -87,6 +87,6 @@ class L2Norm(Policy):
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """The shortest keys, and the window if there is to be one."""
         window = recent(slots, self.recent)
-        # In the first layer all keys of a word have one length, but for the rounding of its rotations.
+        # In the first layer all keys of a word have one length, but for rounding.
         length = joint_ranks(slots["norm"], ROUNDING)
         return window | keep_top(-length, slots.valid & ~window, budget - self.recent)

@@ -22,10 +22,10 @@ _STEPS = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
 class Random(Policy):
     """Keep tokens drawn by lot, another draw for every layer and head: what choosing well is worth.
 
-    A token's lot is a hash of its position, drawn once for ever, and the highest lots stay. So at every
-    moment of a stream the survivors are a uniform sample of all the tokens seen (beside the sinks and
-    the window, if any are asked for), and the same text gives the same sample in any batch.
-    Source: a control, no paper. State: none.
+    A token's lot is a hash of its position, drawn once for ever, and the highest lots stay. So at
+    every moment of a stream the survivors are a uniform sample of all the tokens seen (beside the
+    sinks and the window, if any are asked for), and the same text gives the same sample in any
+    batch. Source: a control, no paper. State: none.
     """
 
     source: ClassVar[str] = "a control"
@@ -65,7 +65,7 @@ class Random(Policy):
 
 
 def _scramble(number: Tensor) -> Tensor:
-    """Mix the low 32 bits of int64 numbers: each input bit flips every output bit half of the time."""
+    """Mix the low 32 bits of int64 numbers: an input bit flips each output bit half of the time."""
     number = number & _MASK
     for shift, factor in _STEPS:
         number = ((number ^ (number >> shift)) * factor) & _MASK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
@@ -11,10 +12,9 @@ from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
 from kvhive.policies import votes
-from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
 from kvhive.policies.endorsement import Rule, endorse
 from kvhive.policies.selection import keep_top, recent
-from kvhive.policies.votes import Threshold
 from kvhive.slots import Column, Slots
 
 MOST = 400  # queries remembered by default, and the width of the ring unless history= sets it
@@ -28,8 +28,8 @@ class Scissorhands(Policy):
     """Drop, many at a time, the tokens that most of the recent queries found unimportant.
 
     A query that has seen t tokens finds a key unimportant if it gives it less than 1/t of its
-    attention. Over budget, tokens are ranked by how many of the last `history` queries (of all query
-    heads of the group) found them so; the worst go, except the `recent` newest, until
+    attention. Over budget, tokens are ranked by how many of the last `history` queries (of all
+    query heads of the group) found them so; the worst go, except the `recent` newest, until
     `budget - drop + 1` are left. Ties, which are frequent: the older token goes.
 
     `variant="percentile"` is the code that was released: a key stays while a query of the last
@@ -55,7 +55,7 @@ class Scissorhands(Policy):
         None, "newest tokens kept; default min(10, budget / 4), percentile: 10"
     )
     drop: int | None = knob(None, "tokens freed at a time, less one; default budget / 2")
-    threshold: Threshold = knob(
+    threshold: Literal["seen", "cache"] = knob(
         "seen", "an even share: 1 / tokens seen by the query, or 1 / keys it could see ('cache')"
     )
     keep_fraction: float = knob(0.1, "percentile: share of the row that a query endorses")
@@ -67,21 +67,15 @@ class Scissorhands(Policy):
     def __post_init__(self) -> None:
         for name, least in (("history", 1), ("recent", 0), ("drop", 1), ("start", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"scissorhands: {name} must be at least {least}, got {value}")
+            if value is not None:
+                at_least("scissorhands", name, value, least)
         if not 0 < self.keep_fraction < 1:
             raise ValueError(
                 f"scissorhands: keep_fraction must lie in (0, 1), got {self.keep_fraction}"
             )
-        for name, allowed in (
-            ("variant", ("paper", "percentile")),
-            ("threshold", ("seen", "cache")),
-            ("decode", ("stream", "none")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"scissorhands: {name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
+        one_of("scissorhands", "variant", self.variant, ("paper", "percentile"))
+        one_of("scissorhands", "threshold", self.threshold, ("seen", "cache"))
+        one_of("scissorhands", "decode", self.decode, ("stream", "none"))
         other, foreign = (
             ("paper", PAPER_ONLY) if self.percentile else ("percentile", PERCENTILE_ONLY)
         )
@@ -144,13 +138,15 @@ class Scissorhands(Policy):
         """Remember what each of the last queries found unimportant: p < its even share."""
         if self.percentile:
             assert seen.queries is not None and seen.keys is not None
-            endorse(self.rule, slots, slots["endorsed"], seen.queries, seen.keys, seen.scale)
+            rows = endorse(self.rule, slots, slots["endorsed"], seen.queries, seen.keys, seen.scale)
+            deque(rows, maxlen=0)  # what each query saw does not matter here
             return
         assert seen.rows is not None
         number, history = seen.rows.shape[2], self.history or MOST
-        grouped = seen.rows.unflatten(1, (slots.heads, -1))
+        grouped = votes.by_group(seen.rows, slots.heads)
         share = votes.average_share(slots, number, self.threshold)
-        low = (grouped < share[:, :, None, :, None]).sum(2) * votes.visible(slots, number)
+        low = (grouped < share[:, :, None, :, None]).sum(2, dtype=torch.uint8)
+        low = low * votes.visible(slots, number)
         planes = grouped.shape[2].bit_length()
         slots.reshape("low", (planes, votes.ring_bytes(history)))
         position = slots.position[:, 0, -number:]

@@ -24,7 +24,7 @@ def recent(slots: Slots, size: Tensor | int) -> Tensor:
     """bool: the last `size` tokens each head holds; size an int, or int `[b, K]`."""
     size = size[..., None] if isinstance(size, Tensor) else size
     rank = slots.rank
-    return (rank >= 0) & (rank >= slots.length - (slots.length - slots.count)[..., None] - size)
+    return (rank >= 0) & (rank >= slots.count[..., None] - size)
 
 
 def keep_top(
@@ -53,7 +53,7 @@ def grouped(per_query_head: Tensor, kv_heads: int) -> Tensor:
 
 
 def joint_ranks(value: Tensor, closeness: float) -> Tensor:
-    """int64 `[b, K, n]`: ranks from 0, ascending; neighbours within `closeness` (a share) have one rank.
+    """int64 `[b, K, n]`: ranks from 0, ascending; one rank for neighbours within a share `closeness`.
 
     For values that would be equal but for their rounding, which may differ from batch to batch.
     """

@@ -22,13 +22,13 @@ class SnapKV(Policy):
     """Keep the last `window` tokens, and the earlier ones that their queries attend to most.
 
     The window's attention is summed for each older token, reduced over the query heads of the group
-    and smoothed along the sequence, so that a voted token brings its neighbours along. Ties: the older.
-    While decoding, the votes of the last `window` queries go on being counted, and the cache is scored
-    anew whenever it goes over budget. A chunk of a prompt counts as a prompt.
+    and smoothed along the sequence, so that a voted token brings its neighbours along. Ties: the
+    older. While decoding, the votes of the last `window` queries go on being counted, and the cache
+    is scored anew whenever it goes over budget. A chunk of a prompt counts as a prompt.
 
-    Source: Li et al. 2024, arXiv:2404.14469; `SnapKVCluster` of the authors' code, of KVCache-Factory for
-    groups. State: two float32 per slot (votes of this block of queries and of the one before), one
-    count per head.
+    Source: Li et al. 2024, arXiv:2404.14469; `SnapKVCluster` of the authors' code, of
+    KVCache-Factory for groups. State: two float32 per slot (votes of this block of queries and of
+    the one before), one count per head.
     """
 
     source: ClassVar[str] = "arXiv:2404.14469"
@@ -81,33 +81,45 @@ class SnapKV(Policy):
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Add the votes of this step's last queries to the block, or begin a new one with them."""
         assert seen.rows is not None
+        ballot = self._ballot(grouped(seen.rows.sum(2), slots.heads))
+        for column in self.columns:
+            slots.reshape(column, ballot.shape[3:])
         votes, before, voters = slots["votes"], slots["before"], slots.counters["voters"]
         fresh = (seen.rows[:, 0].sum(-1) > 0).sum(-1, keepdim=True).int()  # padded rows are zero
         full = voters + fresh > self.window
         if bool(full.any()):
-            before.copy_(torch.where(full[..., None], votes, before))
-            votes.masked_fill_(full[..., None], 0.0)
+            over = full.view(*full.shape, *[1] * (votes.dim() - 2))
+            before.copy_(torch.where(over, votes, before))
+            votes.masked_fill_(over, 0.0)
             voters.masked_fill_(full, 0)
-        votes.add_(self._reduce(grouped(seen.rows.sum(2), slots.heads)))
+        votes.add_(ballot)
         voters.add_(fresh)
+
+    def score(self, slots: Slots, past: Tensor) -> Tensor:
+        """float32 `[b, K, n]`: smoothed votes of the slots in `past` (bool), the candidates."""
+        # The block before counts by the share of it that the last `window` queries still cover.
+        share = (1.0 - slots.counters["voters"] / self.window)[..., None]
+        votes, before = slots["votes"], slots["before"]
+        if self.group_reduce == "max":
+            votes = (votes + before * share[..., None]).amax(-1)
+        else:
+            votes = votes + before * share
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+        # Beyond the ends, as among other slots, there are no votes, and votes are never negative.
+        smooth: Tensor = pool(
+            votes.masked_fill(~past, 0.0), self.kernel, stride=1, padding=self.kernel // 2
+        )
+        return smooth
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """The window, and the best of what came before it."""
         size = budget.clamp_max(self.window)
         window = recent(slots, size)
         past = slots.valid & ~window
-        # The block before counts by the share of it that the last `window` queries still cover.
-        share = 1.0 - slots.counters["voters"] / self.window
-        score = slots["votes"] + slots["before"] * share[..., None]
-        return window | keep_top(self._smooth(score.masked_fill(~past, 0.0)), past, budget - size)
+        return window | keep_top(self.score(slots, past), past, budget - size)
 
-    def _reduce(self, votes: Tensor) -> Tensor:
-        """`[b, K, group, n]` -> `[b, K, n]`."""
+    def _ballot(self, votes: Tensor) -> Tensor:
+        """`[b, K, group, n]` -> `[b, K, n]`; `[b, K, n, group]` for the maximum, taken of sums."""
         if self.group_reduce == "max":
-            return votes.amax(2)
+            return votes.transpose(-1, -2)
         return votes.sum(2) if self.group_reduce == "sum" else votes.mean(2)
-
-    def _smooth(self, score: Tensor) -> Tensor:
-        """Pool `[b, K, n]` along n. Beyond the ends there are no votes, and votes are never negative."""
-        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        return pool(score, self.kernel, stride=1, padding=self.kernel // 2)

@@ -20,10 +20,10 @@ from kvhive.slots import Column, Slots
 class Tova(Policy):
     """Keep the tokens that the newest query attends to most, averaged over all heads of the layer.
 
-    No sinks, no window, no memory of earlier queries; all KV heads of a layer hold the same tokens. The
-    newest token itself may go. Ties: the newer token stays.
-    Source: Oren et al. 2024, arXiv:2401.06104; `TOVACache` of the authors' code, `TOVAPress` of kvpress
-    with `protect_last`. State: float32 per slot, the attention of the last query.
+    No sinks, no window, no memory of earlier queries; all KV heads of a layer hold the same tokens.
+    The newest token itself may go. Ties: the newer token stays. Source: Oren et al. 2024,
+    arXiv:2401.06104; `TOVACache` of the authors' code, `TOVAPress` of kvpress with `protect_last`.
+    State: float32 per slot, the attention of the last query.
     """
 
     source: ClassVar[str] = "arXiv:2401.06104"
@@ -65,8 +65,8 @@ class Tova(Policy):
 def layer_mean(score: Tensor, position: Tensor) -> Tensor:
     """float32 `[b, K, n]`: each token's mean score over the KV heads that hold it.
 
-    position: int32 `[b, K, n]`, ascending. All heads hold the same tokens unless their budgets differ;
-    a token is then looked up in every head by its position.
+    position: int32 `[b, K, n]`, ascending. All heads hold the same tokens unless their budgets
+    differ; a token is then looked up in every head by its position.
     """
     if bool((position == position[:, :1]).all()):
         return score.mean(1, keepdim=True).expand_as(score)

@@ -25,8 +25,8 @@ def ring_bytes(history: int) -> int:
 def average_share(slots: Slots, rows: int, threshold: Threshold) -> Tensor:
     """float32 `[b, K, rows]`: an even share of attention for each of the last `rows` queries.
 
-    1 / tokens the query has seen, itself included, or ("cache") 1 / keys it could see. Padded queries
-    have no meaningful share.
+    1 / tokens the query has seen, itself included, or ("cache") 1 / keys it could see. That of a
+    padded query means nothing.
     """
     if threshold == "seen":
         number = slots.position[..., -rows:] + 1
@@ -39,6 +39,11 @@ def visible(slots: Slots, rows: int) -> Tensor:
     """bool `[b, K, rows, n]`: the slots that each of the last `rows` queries could see."""
     slot = torch.arange(slots.length, device=slots.valid.device)
     return (slot <= slot[-rows:, None]) & slots.valid[:, :, None, :]
+
+
+def by_group(rows: Tensor, heads: int) -> Tensor:
+    """`[b, H, r, n]` -> `[b, K, G, r, n]`: the query heads that share each of `heads` KV heads."""
+    return rows.reshape(rows.shape[0], heads, -1, *rows.shape[2:])
 
 
 def record(ring: Tensor, votes: Tensor, position: Tensor, history: int) -> None:
@@ -74,8 +79,8 @@ def _record_one(ring: Tensor, votes: Tensor, position: Tensor, history: int) -> 
 def count(ring: Tensor, newest: Tensor, rows: Tensor, history: int) -> Tensor:
     """int64 `[b, K, n]`: how many of the last `rows` queries voted for each slot.
 
-    ring: uint8 `[b, K, n, bytes]`. newest: int `[b, K]`, position of the row's last query. rows: int
-    `[b, K]`, at most `history`.
+    ring: uint8 `[b, K, n, bytes]`. newest: int `[b, K]`, position of the row's last query. rows:
+    int `[b, K]`, at most `history`.
     """
     bit = torch.arange(8 * ring.shape[-1], device=ring.device)
     age = (newest[..., None] - bit) % history
@@ -85,8 +90,10 @@ def count(ring: Tensor, newest: Tensor, rows: Tensor, history: int) -> Tensor:
 
 def _pack(bits: Tensor) -> Tensor:
     """bool `[..., 8 * m, n]` -> uint8 `[..., m, n]`, the first bit the lowest."""
-    weight = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unflatten(-2, (-1, 8)) * weight[:, None]).sum(-2, dtype=torch.uint8)
+    byte = bits[..., ::8, :].to(torch.uint8)
+    for place in range(1, 8):
+        byte |= bits[..., place::8, :].to(torch.uint8) << place
+    return byte
 
 
 def _ones(byte: Tensor) -> Tensor:

@@ -12,8 +12,11 @@ from . import (
     elastic_cache,
     h2o,
     kv_compress,
+    l2norm,
     scissorhands,
+    snapkv,
     streaming_llm,
+    tova,
 )
 
 REPLAYS: dict[str, Callable[[Case], None]] = {
@@ -23,6 +26,9 @@ REPLAYS: dict[str, Callable[[Case], None]] = {
     "elastic_cache": elastic_cache.replay,
     "h2o": h2o.replay,
     "kv_compress": kv_compress.replay,
+    "l2norm": l2norm.replay,
     "scissorhands": scissorhands.replay,
+    "snapkv": snapkv.replay,
     "streaming_llm": streaming_llm.replay,
+    "tova": tova.replay,
 }

@@ -18,7 +18,7 @@ from ..playing import require
 
 
 def replay(case: Case) -> None:
-    """Compare with `CascadingKVCache`; the recorded queries and keys have no rotary position yet."""
+    """Compare with `CascadingKVCache`; recorded queries and keys have no rotary position yet."""
     params, tensors = case.params, case.tensors
     policy = policy_of(case)
     width = params["head_dim"]
@@ -65,7 +65,7 @@ def policy_of(case: Case) -> Cascading:
 
 
 def same_cascade(case: Case, call: int, layer: HiveLayer) -> None:
-    """Every level of every head holds what was recorded, with its score and its place in the cache."""
+    """Every level of every head holds what was recorded, with its score and place in the cache."""
     params, tensors = case.params, case.tensors
     position, level = layer.slots.position[0], levels(case, layer)
     original = params["original_rope_positions"]

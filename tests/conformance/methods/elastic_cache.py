@@ -31,8 +31,9 @@ def replay(case: Case) -> None:
 class Stream:
     """One recorded layer, fed to a `HiveLayer` whose attention then is exactly the recorded one.
 
-    Prompt key j is the j-th unit vector with the recorded key behind it, a prompt query the logarithms
-    of the probabilities recorded for it with zeros behind: their product is the logarithm wanted.
+    Prompt key j is the j-th unit vector with the recorded key behind it, a prompt query the
+    logarithms of the probabilities recorded for it with zeros behind: their product is what it
+    should be.
     """
 
     def __init__(self, case: Case, layer: int, drop_ratio: float) -> None:
@@ -104,8 +105,8 @@ def kept_of_prompt(case: Case) -> int:
 def drops_at(case: Case) -> int | None:
     """The fixed slot by definition; None where the reference cannot follow it.
 
-    It fails below the first `start` tokens (a negative index counts from the end), beyond the last
-    slot, and where the prompt loses fewer than two tokens (it then takes slot 0, the sink).
+    It fails below the first `start` tokens (a negative index counts from the end), beyond the
+    last slot, and where the prompt loses fewer than two tokens (it then takes slot 0, the sink).
     """
     start, distance, kept = case.params["start"], case.params["distance"], kept_of_prompt(case)
     fixed = distance if distance > 0 else kept + distance
@@ -114,7 +115,7 @@ def drops_at(case: Case) -> int | None:
 
 
 def same_scores(case: Case, layer: int) -> None:
-    """The ranking is by the recorded importance: the attention summed over queries, mean of heads."""
+    """The ranking is by the recorded importance: attention summed over queries, mean of heads."""
     stream = Stream(case, layer, drop_ratio=0.0)
     stream.prompt()
     ours = stream.layer.slots["score"][0].sum(0) / case.params["heads"]
@@ -161,8 +162,8 @@ def replay_misplaced(case: Case, layer: int) -> None:
 def replay_literal(case: Case, layer: int) -> None:
     """The literal form takes positions in a sorted list for ranks, and keeps one token too few.
 
-    So its anchors must not be reproduced: ours are the best that many, and there is one more of them.
-    What it does while generating is right, and reproduced from what it held after the prompt.
+    So its anchors must not be reproduced: ours are the best of that many, and one more. What it
+    does while generating is right, and reproduced from what it held after the prompt.
     """
     params, kept = case.params, kept_of_prompt(case)
     stream = stream_of(case, layer)
@@ -174,6 +175,8 @@ def replay_literal(case: Case, layer: int) -> None:
     best = score[start : params["prompt"] - 1].sort().values[-(kept - start - 1) :]
     anchors = score[ours[start:-1]].sort().values
     require(torch.allclose(anchors, best, atol=1e-5), f"{where}: ours are not the best anchors")
+    if drops_at(case) is None:
+        return
     literal = stream_of(case, layer)
     literal.layer.frozen = True
     literal.prompt()

@@ -1,4 +1,4 @@
-"""Scissorhands: kept tokens after every step of the paper's policy; the released code row by row."""
+"""Scissorhands: kept tokens after every step of the paper's policy; the released code by rows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def replay_released(case: Case) -> None:
     slots = Slots(batch, heads, policy.columns, policy.counters, keys.device)
     slots.append(0, tokens, tokens)
     scale = width**-0.5
-    seen = endorse(policy.rule, slots, slots["endorsed"], query, keys, scale)
+    rows = endorse(policy.rule, slots, slots["endorsed"], query, keys, scale)
+    seen = torch.stack([*rows], 2)
     different = (seen != tensors["keep"].bool()).nonzero()
     require(
         not len(different),
@@ -73,7 +74,7 @@ def replay_released(case: Case) -> None:
 
 
 def same_survivors(case: Case, held: Tensor, logits: Tensor) -> None:
-    """The prompt leaves what the recorded rows endorse: by definition, one query and key at a time."""
+    """The prompt leaves what the recorded rows endorse, by definition."""
     params, keep = case.params, case.tensors["keep"].bool()
     batch, heads, tokens, _ = keep.shape
     group = logits.shape[1] // heads

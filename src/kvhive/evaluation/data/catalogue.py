@@ -1,8 +1,8 @@
 """The data sets tasks read, by name: where a record's fields come from and what shape they have.
 
-`files` lists SHA-256 sums of published files. The evaluation sets are subsets that a user brings in a
-folder; a file with another sum is read too, if its schema is right, and the sum is recorded with the
-run, so that results on other items cannot be mistaken for results on these.
+`files` lists SHA-256 sums of published files. The evaluation sets are subsets that a user brings in
+a folder; a file with another sum is read too, if its schema is right, and the sum is recorded with
+the run, so that results on other items cannot be mistaken for results on these.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Record = dict[str, Any]
 class Hub:
     """A data set of the Hugging Face hub at a fixed commit, and how its rows become our records.
 
-    convert: (row number, row) -> record, or None to leave the row out. join: rows of one text each are
-    first joined to one, in order (`convert` then sees {"text": whole}).
+    convert: (row number, row) -> record, or None to leave the row out. join: rows of one text each
+    are first joined to one, in order (`convert` then sees {"text": whole}).
     """
 
     path: str

@@ -14,8 +14,9 @@ MOST_ROWS = 2000  # of a split: evaluation takes the first few hundred
 
 
 class HubSource:
-    """Records by name. mirror: a folder with a copy of each data set, `mirror/owner/name`, read instead
-    of the hub."""
+    """Records by name. mirror: a folder with a copy of each data set, `mirror/owner/name`, read
+    instead of the hub.
+    """
 
     def __init__(self, mirror: Path | None = None) -> None:
         self._mirror = mirror
@@ -65,8 +66,8 @@ class HubSource:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise OSError(
-                f"cannot load {hub.path} from the hub: {reason}; check the network, or give the data "
-                "as a folder (--data FOLDER)"
+                f"cannot load {hub.path} from the hub: {reason}; check the network, or give the "
+                "data as a folder (--data FOLDER)"
             ) from error
         return found if hub.join else found.select(range(min(MOST_ROWS, len(found))))
 

@@ -15,7 +15,8 @@ def _records(value: Any, **fields: Callable[[Any], bool]) -> bool:
         isinstance(value, list)
         and bool(value)
         and all(
-            isinstance(one, dict) and all(key in one and test(one[key]) for key, test in fields.items())
+            isinstance(one, dict)
+            and all(key in one and test(one[key]) for key, test in fields.items())
             for one in value
         )
     )

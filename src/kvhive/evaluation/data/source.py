@@ -16,8 +16,8 @@ from kvhive.evaluation.data.schema import check
 
 VARIABLE = "KVHIVE_DATA"
 _HELP = (
-    "give --data FOLDER or set KVHIVE_DATA (files as in docs/evaluation.md), --data hub to download "
-    "with the `datasets` package, or --data builtin for a little made-up text"
+    "give --data FOLDER or set KVHIVE_DATA (files as in docs/evaluation.md), --data hub to "
+    "download with the `datasets` package, or --data builtin for a little made-up text"
 )
 
 
@@ -74,7 +74,9 @@ class Folder:
         data = find(name)
         if self._load(data)[0] in data.sums:
             return []
-        return [f"{data.file} is not the published file: results compare only with runs on this one"]
+        return [
+            f"{data.file} is not the published file: results compare only with runs on this one"
+        ]
 
     def _load(self, data: DataSet) -> tuple[str, list[Record]]:
         if data.name not in self._read:
@@ -126,4 +128,6 @@ class Builtin:
 
     def notes(self, name: str) -> list[str]:
         """That figures on it mean little."""
-        return ["the text is made up (--data builtin): figures compare recipes with one another only"]
+        return [
+            "the text is made up (--data builtin): figures compare recipes with one another only"
+        ]

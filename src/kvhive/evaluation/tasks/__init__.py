@@ -1,0 +1,73 @@
+"""The tasks, by name, and the groups that the command line knows."""
+
+from __future__ import annotations
+
+from kvhive.evaluation.tasks import (
+    counting,
+    fidelity,
+    kv,
+    many_shot,
+    niah,
+    passkey,
+    perplexity,
+    qa,
+    ruler_qa,
+    summaries,
+    summary_needle,
+    tracing,
+    verbatim,
+    word_codes,
+)
+from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, parse_task
+
+__all__ = ["GROUPS", "TASKS", "Conversation", "Task", "parse_task", "parse_tasks"]
+_BUILT_IN = (
+    counting,
+    fidelity,
+    kv,
+    many_shot,
+    niah,
+    passkey,
+    perplexity,
+    qa,
+    ruler_qa,
+    summaries,
+    summary_needle,
+    tracing,
+    verbatim,
+    word_codes,
+)
+
+# The suite holds what a small model can do and what so can show a loss.
+_SUITE = (
+    "fidelity",
+    "wikitext",
+    "verbatim",
+    "passkey",
+    "niah_single",
+    "niah_multikey",
+    "word_codes",
+    "kv",
+    "qa10",
+    "shared_context",
+    "shared_context(turns=True)",
+    "cnn_dailymail(write=False)",
+    "xsum(write=False)",
+)
+_RULER = (
+    "niah_single",
+    "niah_multikey",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "ruler_qa",
+)
+GROUPS: dict[str, tuple[str, ...]] = {"suite": _SUITE, "ruler": _RULER, "all": tuple(TASKS)}
+
+
+def parse_tasks(texts: list[str]) -> list[Task]:
+    """Tasks from names, `name(knob=value)` and groups, each once, in the order given."""
+    spelled = [one for text in texts for one in GROUPS.get(text.strip(), (text,))]
+    return list({str(task): task for task in map(parse_task, spelled)}.values())

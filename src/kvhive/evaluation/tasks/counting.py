@@ -1,0 +1,107 @@
+"""Counting words (RULER cwe and fwe): which are the most frequent?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from kvhive.evaluation.data.made_up import coded_word
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.items import Item, Probe
+from kvhive.evaluation.measures import SHARE_FOUND
+from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.evaluation.words import NOUNS
+from kvhive.policies.base import knob
+
+
+@TASKS.register("cwe")
+@dataclass(frozen=True)
+class CommonWords(Task):
+    """A numbered list in which a few words come ten times as often as others; name the frequent
+    ones.
+
+    Source: RULER, arXiv:2404.06654, section 3 (30 times against 3 there); own word list.
+    """
+
+    measures = (SHARE_FOUND,)
+    often: ClassVar[int] = 10  # times a frequent word comes, a rare one `rare` times
+    rare: ClassVar[int] = 1
+
+    tokens: int = knob(1024, "length of the list, about")
+    common: int = knob(5, "frequent words")
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """New words every time."""
+        number = 0
+        tell = "Below is a numbered list of words. Memorise the ones that appear most often.\n\n"
+        while True:
+            rng = desk.random("cwe", number)
+            words = rng.sample(NOUNS, len(NOUNS))
+            common = words[: self.common]
+            size = self.often * sum(desk.count(f" 100. {word}") for word in common)
+            listed = common * self.often
+            for word in words[self.common :]:
+                size += self.rare * desk.count(f" 100. {word}")
+                if size > self.tokens:
+                    break
+                listed += [word] * self.rare
+            rng.shuffle(listed)
+            body = " ".join(f"{place}. {word}" for place, word in enumerate(listed, start=1))
+            probe = Probe(
+                f"\n\nWhat are the {self.common} most common words in the list above?",
+                cue=f"The {self.common} most common words in the list are: 1.",
+                references=tuple(common),
+                limit=8 * self.common,
+                stop=("\n\n",),
+            )
+            yield Item(f"cwe-{number}", tell + body, tell, (probe,), facts={"length": self.tokens})
+            number += 1
+
+
+@TASKS.register("fwe")
+@dataclass(frozen=True)
+class FrequentWords(Task):
+    """Coded words with Zipf frequencies (exponent 2); name the three most frequent.
+
+    Source: RULER, arXiv:2404.06654, section 3.
+    """
+
+    measures = (SHARE_FOUND,)
+
+    tokens: int = knob(1024, "length of the text, about")
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """New words every time."""
+        number = 0
+        tell = "Read the following coded text and track the frequency of each coded word.\n\n"
+        while True:
+            rng = desk.random("fwe", number)
+            words = _different(rng, 20)
+            weights = [1 / rank**2 for rank in range(1, len(words) + 1)]
+            total = self.tokens // max(1, desk.count(" " + words[0]))
+            share = total / sum(weights)
+            listed = [
+                word
+                for word, weight in zip(words, weights, strict=True)
+                for _ in range(max(1, round(weight * share)))
+            ]
+            rng.shuffle(listed)
+            probe = Probe(
+                "\n\nWhat are the three most frequently appearing words in the coded text above?",
+                cue="The three most frequently appearing words are: 1.",
+                references=tuple(words[:3]),
+                limit=40,
+                stop=("\n\n",),
+            )
+            body = " ".join(listed)
+            yield Item(f"fwe-{number}", tell + body, tell, (probe,), facts={"length": self.tokens})
+            number += 1
+
+
+def _different(rng: Random, count: int) -> list[str]:
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words[coded_word(rng)] = None
+    return list(words)

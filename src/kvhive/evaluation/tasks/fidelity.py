@@ -1,0 +1,63 @@
+"""Fidelity: how far a compressed cache's predictions are from the full cache's, whatever the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvhive.evaluation.asking import Asked, Mode
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.items import Item, Performance, Probe
+from kvhive.evaluation.measures import measured
+from kvhive.evaluation.streaming import compare, compare_bare
+from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.policies.base import knob
+
+
+@TASKS.register("fidelity")
+@dataclass(frozen=True)
+class Fidelity(Task):
+    """A text is compressed; over the tokens that follow it, next-token distributions are compared.
+
+    kl: KL(full || recipe), mean, median and 95th percentile; top1 and top5_overlap: agreement of
+    the likeliest tokens; delta_nll: loss on the true token; mass: share of the full cache's
+    attention on tokens still held (mean, and of the worst head); out_err: relative error of
+    attention outputs when every layer is handed the full cache's own states. The card, section 10.
+    """
+
+    measures = (
+        measured("kl", "nats", lower_is_better=True),
+        measured("top1"),
+        measured("delta_nll", "nats", lower_is_better=True),
+        measured("mass"),
+        measured("mass_min"),
+        measured("top5_overlap"),
+        measured("kl_median", "nats", lower_is_better=True),
+        measured("kl_p95", "nats", lower_is_better=True),
+        measured("out_err", lower_is_better=True),
+    )
+    data: ClassVar = ("wikitext2",)
+    modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
+
+    tokens: int = knob(1024, "tokens compressed")
+    scored: int = knob(128, "tokens compared after them")
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """Windows of the articles at hand that are long enough, one of each."""
+        size = self.tokens + self.scored
+        for record in desk.records("wikitext2"):
+            ids = desk.ids(record["text"])
+            if len(ids) >= size:
+                probe = Probe((), target=ids[self.tokens : size])
+                facts = {"length": self.tokens}
+                prefix = ids[: self.tokens]
+                yield Item(record["id"], prefix, (), (probe,), chat=False, facts=facts)
+
+    def run(self, asked: Asked, item: Item, mode: Mode) -> list[Performance]:
+        """All recipes on one text."""
+        return compare(asked, item)
+
+    def floor(self, asked: Asked, item: Item, mode: Mode) -> Performance:
+        """Without the text."""
+        return compare_bare(asked.only_full(), item)

@@ -1,0 +1,84 @@
+"""Key-value retrieval: which UUID belongs to this one?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.items import Item, Outcome, Probe
+from kvhive.evaluation.measures import (
+    CHOICE,
+    EXACT,
+    MARGIN,
+    TOKEN_ACCURACY,
+    Measure,
+    per_probe,
+)
+from kvhive.evaluation.tasks.base import TASKS, Conversation
+from kvhive.policies.base import knob
+
+_TELL = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+
+
+def _first_block(probe: Probe, outcome: Outcome) -> float | None:
+    """The first half of the tokens of the value's first eight hex digits at least, all right."""
+    return float(all(outcome.hits[: max(1, len(outcome.hits) * 8 // 36)]))
+
+
+@TASKS.register("kv")
+@dataclass(frozen=True)
+class KeyValue(Conversation):
+    """A JSON object of random UUID pairs; the value of a key is asked. Nothing can be guessed.
+
+    Every pair is equally likely to be asked: in mode "agnostic" a policy that evicts can know about
+    the kept share of the pairs, no more; clearly more points to a leak of the question. Source: Liu
+    et al. 2023, arXiv:2307.03172, section 3 (75 pairs there).
+    """
+
+    measures = (
+        CHOICE,
+        EXACT,
+        TOKEN_ACCURACY,
+        Measure("first_block", per_probe(_first_block)),
+        MARGIN,
+    )
+    data: ClassVar = ("kv_retrieval",)
+
+    pairs: int = knob(8, "pairs in the object, at most 75")
+    asked: int = knob(1, "keys asked of one object")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.asked <= self.pairs <= 75:
+            raise ValueError(
+                f"kv: 1 <= asked <= pairs <= 75 must hold, got asked="
+                f"{self.asked}, pairs={self.pairs}"
+            )
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """From each record the asked pair and others drawn from it, shuffled."""
+        for record in desk.records("kv_retrieval"):
+            rng = desk.random("kv", record["id"])
+            others = [pair for pair in record["records"] if pair[0] != record["key"]]
+            first = [record["key"], record["value"]]
+            pairs = [first, *rng.sample(others, self.pairs - 1)]
+            asked = pairs[: self.asked]
+            rng.shuffle(pairs)
+            values = tuple(value for _, value in pairs)
+            probes = tuple(_probe(key, value, values) for key, value in asked)
+            body = (
+                "JSON data:\n{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs) + "}"
+            )
+            yield Item(record["id"], _TELL + body, _TELL, probes, facts={"pairs": self.pairs})
+
+
+def _probe(key: str, value: str, values: tuple[str, ...]) -> Probe:
+    return Probe(
+        f'\n\nKey: "{key}"',
+        cue='Corresponding value: "',
+        target=value,
+        choices=values,
+        gold=values.index(value),
+        history=value + '"',
+    )

@@ -1,0 +1,58 @@
+"""RULER's question answering, on made-up people: facts that no model has read before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvhive.evaluation.data.made_up import people
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.items import Item, Probe
+from kvhive.evaluation.measures import CHOICE, F1, MARGIN, SUBSTRING
+from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.policies.base import knob
+
+_TELL = "Answer the question based on the given documents.\n\n"
+
+
+@TASKS.register("ruler_qa")
+@dataclass(frozen=True)
+class RulerQa(Task):
+    """Short lives of made-up people; where was one of them born? Choice among ten birth places.
+
+    Source: RULER, arXiv:2404.06654, section 3 (SQuAD and HotpotQA there); own text.
+    """
+
+    measures = (CHOICE, SUBSTRING, F1, MARGIN)
+
+    tokens: int = knob(1024, "length of the context")
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """New people every time."""
+        number = 0
+        while True:
+            rng = desk.random("ruler_qa", number)
+            crowd, passages, size = people(rng, 200), [], 0
+            for one in crowd:
+                passages.append(f"Document: {one.passage(rng)}")
+                size += desk.count(passages[-1]) + 1
+                if size >= self.tokens:
+                    break
+            told = crowd[: len(passages)]
+            place = rng.randrange(len(told))
+            others = [one.town for one in told if one is not told[place]][:9]
+            towns = rng.sample([told[place].town, *others], 1 + len(others))
+            probe = Probe(
+                f"\n\nWhere was {told[place].name} born?",
+                cue=f"{told[place].name} was born in",
+                choices=tuple(f" {town}" for town in towns),
+                gold=towns.index(told[place].town),
+                references=(told[place].town,),
+                limit=16,
+                stop=("\n",),
+                history=f" {told[place].town}.",
+            )
+            context = _TELL + "\n\n".join(passages)
+            facts = {"length": self.tokens}
+            yield Item(f"ruler_qa-{number}", context, _TELL, (probe,), facts=facts)
+            number += 1

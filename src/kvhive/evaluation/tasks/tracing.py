@@ -1,0 +1,86 @@
+"""Variable tracing (RULER vt): which variables hold this value?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from string import ascii_uppercase
+from typing import ClassVar
+
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.items import Item, Probe
+from kvhive.evaluation.measures import CHOICE, SHARE_FOUND
+from kvhive.evaluation.tasks.base import TASKS, Conversation
+from kvhive.policies.base import knob
+
+_TELL = "Memorise the chains of variable assignment hidden in the following text.\n\n"
+
+
+@TASKS.register("vt")
+@dataclass(frozen=True)
+class VariableTracing(Conversation):
+    """Chains "VAR B = VAR A." in a book; all names that hold a value are to be listed.
+
+    Also a choice between the chains' last names. Source: RULER, arXiv:2404.06654, section 3; own
+    text.
+    """
+
+    measures = (SHARE_FOUND, CHOICE)
+    data: ClassVar = ("books",)
+
+    tokens: int = knob(1024, "length of the context")
+    hops: int = knob(1, "assignments after the first of a chain")
+    chains: int = knob(2, "chains in the text")
+    asked: int = knob(1, "chains asked of one context")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.asked <= self.chains or self.hops < 0:
+            raise ValueError(
+                f"vt: 1 <= asked <= chains and hops >= 0 must hold, got asked={self.asked}, "
+                f"chains={self.chains}, hops={self.hops}"
+            )
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """New names and values every time."""
+        number = 0
+        while True:
+            rng = desk.random("vt", number)
+            names = _names(rng, self.chains * (self.hops + 1))
+            values = [str(value) for value in rng.sample(range(10_000, 100_000), self.chains)]
+            chains = [names[place :: self.chains] for place in range(self.chains)]
+            needles = []
+            for chain, value in zip(chains, values, strict=True):
+                depths = sorted(rng.random() for _ in chain)
+                lines = [f"VAR {chain[0]} = {value}."]
+                lines += [f"VAR {b} = VAR {a}." for a, b in pairwise(chain)]
+                needles += list(zip(depths, lines, strict=True))
+            lasts = tuple(f" {chain[-1]}" for chain in chains)
+            probes = tuple(
+                _probe(chains[place], values[place], lasts, place) for place in range(self.asked)
+            )
+            hay = desk.haystack(rng, self.tokens, needles)
+            facts = {"length": self.tokens, "hops": self.hops}
+            yield Item(f"vt-{number}", _TELL + hay, _TELL, probes, facts=facts)
+            number += 1
+
+
+def _names(rng: Random, count: int) -> list[str]:
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join(rng.sample(ascii_uppercase, 5))] = None
+    return list(names)
+
+
+def _probe(chain: list[str], value: str, lasts: tuple[str, ...], place: int) -> Probe:
+    return Probe(
+        f"\n\nFind all variables that are assigned the value {value}.",
+        cue=f"The variables that are assigned the value {value} are:",
+        choices=lasts,
+        gold=place,
+        references=tuple(chain),
+        limit=30,
+        stop=("\n\n",),
+        history=" " + ", ".join(chain) + ".",
+    )

@@ -1,0 +1,58 @@
+"""Verbatim recall: go on copying a passage read before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvhive.evaluation.asking import Mode
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.items import Item, Probe
+from kvhive.evaluation.measures import NLL, TOKEN_ACCURACY
+from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.policies.base import knob
+
+
+@TASKS.register("verbatim")
+@dataclass(frozen=True)
+class Verbatim(Task):
+    """Some tokens of a book; then 16 of them again, and the 32 that followed are scored.
+
+    The cheapest probe of what a cache still holds: 32 graded answers a cue, several cues a prompt,
+    and no skill needed but copying. Mode "agnostic" only: with the cue in the prompt, policies that
+    watch its end would be told where to look.
+    """
+
+    measures = (TOKEN_ACCURACY, NLL)
+    data: ClassVar = ("books",)
+    modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
+
+    tokens: int = knob(1024, "tokens of the book")
+    cue: int = knob(16, "tokens copied to say where")
+    answer: int = knob(32, "tokens scored")
+    depths: tuple[float, ...] = knob((0.1, 0.3, 0.5, 0.7, 0.9), "where the cues lie, 0 first")
+
+    def __post_init__(self) -> None:
+        if self.cue < 1 or self.answer < 1 or self.tokens < 2 * (self.cue + self.answer):
+            raise ValueError(
+                f"verbatim: tokens must be at least twice cue + answer, got tokens={self.tokens}, "
+                f"cue={self.cue}, answer={self.answer}"
+            )
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """A new passage every time."""
+        break_ids = desk.ids("\n\n")
+        number = 0
+        while True:
+            passage = desk.book(desk.random("verbatim", number), self.tokens)
+            probes = []
+            for depth in self.depths:
+                start = round(depth * (self.tokens - self.cue - self.answer))
+                stop = start + self.cue
+                query = (*break_ids, *passage[start:stop])
+                answer = passage[stop : stop + self.answer]
+                probes.append(Probe(query, target=answer, facts={"depth": depth}))
+            facts = {"length": self.tokens}
+            yield Item(f"verbatim-{number}", passage, (), tuple(probes), chat=False, facts=facts)
+            number += 1

@@ -1,0 +1,71 @@
+"""Word codes: a list of words with four-digit codes, several of them asked of one context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.items import Item, Probe
+from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
+from kvhive.evaluation.tasks.base import TASKS, Conversation
+from kvhive.evaluation.words import NOUNS
+from kvhive.policies.base import knob
+
+_TELL = "Memorise the code of every word below. A code will be asked later.\n\n"
+
+
+@TASKS.register("word_codes")
+@dataclass(frozen=True)
+class WordCodes(Conversation):
+    """ "The code of <word> is <four digits>." in lines, or scattered in a book; a word's code is
+    asked.
+
+    The choice is among the codes of all words, so that only binding a code to its word helps.
+    """
+
+    measures = (CHOICE, EXACT, TOKEN_ACCURACY, MARGIN)
+    data: ClassVar = ("books",)
+
+    pairs: int = knob(16, "words with codes")
+    asked: int = knob(8, "words asked of one context")
+    tokens: int = knob(1024, "length of the context; 0: the list alone")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.asked <= self.pairs <= 200:
+            raise ValueError(
+                f"word_codes: 1 <= asked <= pairs <= 200 must hold, got asked={self.asked}, "
+                f"pairs={self.pairs}"
+            )
+
+    def items(self, desk: Desk) -> Iterator[Item]:
+        """New words and codes every time."""
+        number = 0
+        while True:
+            rng = desk.random("word_codes", number)
+            words = rng.sample(NOUNS, self.pairs)
+            codes = tuple(str(code) for code in rng.sample(range(1000, 10_000), self.pairs))
+            lines = [
+                f"The code of {word} is {code}." for word, code in zip(words, codes, strict=True)
+            ]
+            if self.tokens:
+                body = desk.haystack(rng, self.tokens, [(rng.random(), line) for line in lines])
+            else:
+                body = "\n".join(lines)
+            asked = rng.sample(range(self.pairs), self.asked)
+            probes = tuple(_probe(words[place], codes, place) for place in asked)
+            facts = {"pairs": self.pairs, "length": self.tokens}
+            yield Item(f"codes-{number}", _TELL + body, _TELL, probes, facts=facts)
+            number += 1
+
+
+def _probe(word: str, codes: tuple[str, ...], place: int) -> Probe:
+    return Probe(
+        f"\n\nWhat is the code of {word}?",
+        cue=f"The code of {word} is ",
+        target=codes[place],
+        choices=codes,
+        gold=place,
+        history=codes[place] + ".",
+    )

@@ -1,0 +1,145 @@
+"""The life of a cache: frozen, forked, reset, and what it costs in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvhive.cache import HiveCache
+from kvhive.layer import HEADROOM
+from tests.contract.recipes import LARGE_SHARES, SELECTIVE, SHARES, SMALL, fullest
+from tests.support import Feeder, kept_sets, random_ids, read
+
+PROMPT = 150
+
+
+def state(feeder: Feeder) -> list[Tensor]:
+    """All that a layer holds, as copies."""
+    slots, store = feeder.layer.slots, feeder.layer.store
+    held = [slots.position, store.keys, store.values, *slots.counters.values()]
+    held += [slots[name] for name in feeder.layer.policy.columns]
+    return [tensor.clone() for tensor in held]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether two states are equal in every bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_frozen_cache_loses_nothing(model: PreTrainedModel, recipe: str) -> None:
+    ids = random_ids(1, PROMPT + 40)
+    cache = HiveCache.for_model(model, recipe)
+    read(model, cache, ids[:, :PROMPT], PROMPT)
+    before = kept_sets(cache)
+    with cache.freeze():
+        read(model, cache, ids[:, PROMPT:], 25)
+        added = list(range(PROMPT, PROMPT + 40))
+        assert kept_sets(cache) == [[head + added for head in layer] for layer in before]
+    read(model, cache, random_ids(1, 1), 1)
+    policy, budget = cache.recipe.policy, cache.recipe.budget
+    if budget is not None and policy.acts(decoding=True):
+        kept = cache.report().kept
+        assert fullest(policy, kept) <= policy.peak(budget.resolve(PROMPT, 1))
+    assert cache.get_seq_length() == PROMPT + 41
+
+
+@pytest.mark.parametrize("recipe", [*SMALL, *SHARES])
+def test_a_fork_goes_its_own_way(model: PreTrainedModel, recipe: str) -> None:
+    ids = random_ids(1, PROMPT + 30)
+    cache = HiveCache.for_model(model, recipe)
+    read(model, cache, ids[:, :PROMPT], PROMPT)
+    untouched, fork = cache.fork(), cache.fork()
+    read(model, fork, random_ids(1, 60, seed=5), 20)
+    assert kept_sets(cache) == kept_sets(untouched)
+    assert fork.get_seq_length() == PROMPT + 60
+    ours = read(model, cache, ids[:, PROMPT:], 1)
+    theirs = read(model, untouched, ids[:, PROMPT:], 1)
+    assert torch.equal(ours, theirs)
+    assert kept_sets(cache) == kept_sets(untouched)
+
+
+@pytest.mark.parametrize("recipe", [*SMALL, *SHARES])
+def test_reset_begins_anew(recipe: str) -> None:
+    used, fresh = Feeder(recipe), Feeder(recipe)
+    used.step(90)
+    for _ in range(10):
+        used.step(1)
+    used.layer.reset()
+    assert used.layer.nbytes == 0
+    assert used.layer.get_seq_length() == 0
+    used.seen = [0]
+    for feeder in (used, fresh):
+        feeder.step(PROMPT)
+        for _ in range(40):
+            feeder.step(1)
+    assert same(state(used), state(fresh))
+
+
+@pytest.mark.parametrize("recipe", [*SELECTIVE, *LARGE_SHARES])
+def test_room_can_be_made_ahead(recipe: str) -> None:
+    feeder = Feeder(recipe)
+    feeder.step(PROMPT)
+    policy, budget = feeder.recipe.policy, feeder.recipe.budget
+    assert budget is not None
+    most = policy.peak(budget.resolve(PROMPT, policy.least_budget))
+    turn = most - policy.least_budget
+    feeder.layer.make_room(turn)
+    kept = feeder.layer.slots.count[None]
+    assert fullest(policy, kept) <= max(most - turn, policy.peak(policy.least_budget))
+    feeder.layer.make_room(10_000)
+    feeder.step(40)
+    feeder.step(1)
+    feeder.check()
+
+
+def tensors(thing: object, known: set[int]) -> Iterator[Tensor]:
+    """Every tensor that can be reached from an object of ours, by its attributes and containers."""
+    if id(thing) in known or isinstance(thing, type):
+        return
+    known.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from tensors(value, known)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from tensors(value, known)
+    elif type(thing).__module__.startswith("kvhive.") and hasattr(thing, "__dict__"):
+        yield from tensors(vars(thing), known)
+
+
+@pytest.mark.parametrize("recipe", [*SMALL, *SHARES])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_bytes_reported_are_all_there_are(recipe: str, rows: int) -> None:
+    feeder = Feeder(recipe, tapes=range(rows))
+    for tokens in ([PROMPT, 70][:rows], *[[1] * rows] * 15, [20, 3][:rows]):
+        feeder.step(tokens)
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors(feeder.layer, set())
+        }
+        assert feeder.layer.nbytes == sum(storages.values())
+
+
+@pytest.mark.parametrize("recipe", SELECTIVE)
+def test_memory_shrinks_with_the_prompt(recipe: str) -> None:
+    small, full = Feeder(recipe), Feeder("full")
+    small.step(900)
+    full.step(900)
+    layer = small.layer
+    most = layer.policy.peak(layer.budget.resolve(900, 1)) if layer.budget else 900
+    assert int(layer.slots.count.float().mean()) <= most
+    spare = layer.slots.capacity - layer.slots.length
+    assert 0 <= spare <= HEADROOM
+    assert layer.store.capacity == layer.slots.capacity
+    assert layer.store.nbytes <= full.layer.store.nbytes * layer.slots.capacity / 900
+    assert layer.nbytes < full.layer.nbytes / 2
+    for _ in range(60):
+        small.step(1)
+    assert layer.slots.capacity - layer.slots.length <= HEADROOM

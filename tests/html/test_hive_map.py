@@ -1,0 +1,87 @@
+"""The picture of what survived, pixel by pixel."""
+
+from __future__ import annotations
+
+import base64
+import re
+import struct
+import zlib
+
+import pytest
+import torch
+
+from kvhive.html.hive_map import hive_map, summary
+from kvhive.html.png import data_uri
+from kvhive.survivors import Survivors
+
+
+def decoded(uri: str) -> tuple[torch.Tensor, bytes]:
+    """Opacity in 0..255 of every pixel, and the palette, read back without the code under test."""
+    data = base64.b64decode(uri.partition("base64,")[2])
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks, place = {}, 8
+    while place < len(data):
+        (size,) = struct.unpack(">I", data[place : place + 4])
+        kind, body = data[place + 4 : place + 8], data[place + 8 : place + 8 + size]
+        (check,) = struct.unpack(">I", data[place + 8 + size : place + 12 + size])
+        assert check == zlib.crc32(kind + body)
+        chunks[kind] = body
+        place += 12 + size
+    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
+    lines = torch.tensor(list(zlib.decompress(chunks[b"IDAT"]))).view(height, width + 1)
+    assert not lines[:, 0].any()
+    assert chunks[b"tRNS"] == bytes(range(256))
+    return lines[:, 1:], chunks[b"PLTE"]
+
+
+def survivors(layers: int, heads: int, seen: int) -> Survivors:
+    kept = torch.rand(layers * heads, seen, generator=torch.Generator().manual_seed(0)) < 0.3
+    return Survivors(kept, tuple((2 * i, j) for i in range(layers) for j in range(heads)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (40, 7)])
+def test_a_picture_reads_back(height, width):
+    opacity = torch.linspace(0, 1, height * width).view(height, width)
+    pixels, palette = decoded(data_uri(opacity, "#0a141e"))
+    assert torch.equal(pixels, (opacity * 255).round().long())
+    assert palette == bytes((10, 20, 30)) * 256
+
+
+@pytest.mark.parametrize(("layers", "heads", "seen"), [(1, 1, 1), (3, 2, 13), (32, 8, 700)])
+def test_every_line_of_the_picture_is_a_head(layers, heads, seen):
+    what = survivors(layers, heads, seen)
+    drawn = hive_map(what, "#d98200")
+    pixels, _ = decoded(re.search(r'src="(data:[^"]+)"', drawn)[1])
+    rows = re.search(r'data-map="([^|]*)\|', drawn)[1].split(";")
+    assert pixels.shape[1] == seen
+    assert len(rows) == layers * heads
+    for row, kept, (layer, head) in zip(rows, what.kept, what.rows, strict=True):
+        named_layer, named_head, top = map(int, row.split(","))
+        assert (named_layer, named_head) == (layer, head)
+        assert torch.equal(pixels[top] == 255, kept)
+
+
+@pytest.mark.parametrize("seen", [1, 8, 13, 700])
+def test_the_hover_script_gets_the_same_bits(seen):
+    what = survivors(3, 2, seen)
+    packed = re.search(r'data-map="[^|]*\|([^"]*)"', hive_map(what, "#d98200"))[1]
+    data = base64.b64decode(packed)
+    stride = -(-seen // 8)
+    assert len(data) == 6 * stride
+    for row in range(6):
+        for token in range(seen):
+            bit = data[row * stride + token // 8] >> (token % 8) & 1
+            assert bit == what.kept[row, token]
+
+
+def test_long_documents_are_pooled():
+    what = survivors(2, 1, 5000)
+    pixels, _ = decoded(re.search(r'src="(data:[^"]+)"', hive_map(what, "#d98200"))[1])
+    assert pixels.shape[1] == 1600
+    assert float(pixels[0].float().mean() / 255) == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_summary_counts_heads():
+    kept = torch.tensor([[True, True, False, False], [True, False, False, True]])
+    said = summary(Survivors(kept, ((0, 0), (1, 0))))
+    assert said == "75% of the tokens are still held by some head, 25% by all 2 heads"
