@@ -83,7 +83,9 @@ def _pdf_text(name: str, data: bytes) -> str:
         raise ValueError(f"{name} is protected by a password; give it without one") from None
     except Exception as error:
         # A damaged file ends pypdf in exceptions of many kinds (KeyError, AttributeError, ...).
-        raise ValueError(f"{name} cannot be read as PDF: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"{name} cannot be read as PDF: {error or type(error).__name__}"
+        ) from error
     text = "\n\n".join(page.strip() for page in pages)
     if not text.strip():
         raise ValueError(

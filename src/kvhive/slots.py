@@ -91,6 +91,11 @@ class Slots:
         """int32 `[b, K, n]`: each slot's position in its row, -1 for an empty slot."""
         return self._position[:, :, : self.length].to(torch.int32)
 
+    def newest(self, number: int) -> Tensor:
+        """int64 `[b, number]`: positions of the last slots of the first head; what a step brought last is
+        the same in all heads."""
+        return self._position[:, 0, self.length - number : self.length].long()
+
     @property
     def valid(self) -> Tensor:
         """bool `[b, K, n]`: whether the slot holds a token."""

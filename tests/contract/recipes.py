@@ -17,7 +17,13 @@ VARIANTS = {
         "buzz(history=log)",
         "buzz(prefill=streamed)",
         "buzz(positions=original)",
-    )
+    ),
+    "cascading": ("cascading(levels=3, strides=[1, 3, 5], reduce=mean, eager_fill=false)",),
+    "corm": ("corm(history=11, recent=7, threshold=cache)",),
+    "scissorhands": (
+        "scissorhands(history=20, recent=7, drop=5, threshold=cache)",
+        "scissorhands(variant=percentile, history=20, recent=7, start=30)",
+    ),
 }
 ALWAYS_KEPT = {"sink": 3, "window": 7, "recent": 7}
 

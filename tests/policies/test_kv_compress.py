@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from kvhive.cache import HiveCache
 from kvhive.policies.kv_compress import KVCompress
 from kvhive.recipe import Recipe
-from tests.support import divergence, kept_sets, left_padded, random_ids, read
+from kvhive.slots import Slots
+from tests.support import Feeder, divergence, kept_sets, left_padded, random_ids, read
 
 SMALL = "kv_compress(protected_window=6, observed=8, page=4, slack=0)@20"
 
@@ -37,8 +38,9 @@ def test_votes_are_those_of_the_definition(norm: str, buffer: int, pool: int, bl
     rows, n = 11, 23
     given = probabilities(0, 4, rows, n)
     policy = KVCompress(norm=norm, buffer=buffer, pool=pool, query_block=block)  # type: ignore[arg-type]
-    position = torch.arange(n).expand(1, 2, n)
-    votes = policy.votes(given, position, torch.tensor([True]))
+    slots = Slots(1, 2, policy.columns, policy.counters, torch.device("cpu"))
+    slots.append(0, n, n)
+    votes = policy.votes(given, slots, torch.tensor([True]))
     for head in range(4):
         expected = [0.0] * n
         for start in range(0, rows, block):
@@ -227,7 +229,8 @@ def test_slack_frees_whole_pages_in_reserve(model: PreTrainedModel) -> None:
             evictions.append(generated)
     assert 2 <= len(evictions) <= 6
     assert KVCompress().slack(1024) == 32
-    assert KVCompress().slack(256) == 0
+    assert KVCompress().slack(256) == 16
+    assert KVCompress().slack(127) == 0
 
 
 def test_a_rate_keeps_its_share_of_what_is_older(model: PreTrainedModel) -> None:
@@ -277,3 +280,19 @@ def test_knobs_are_checked() -> None:
         Recipe.parse("kv_compress")
     with pytest.raises(ValueError, match="below 32"):
         Recipe.parse("kv_compress@31")
+
+
+def test_padding_between_turns_is_no_neighbour() -> None:
+    """Votes are pooled past it, so that metrics are those of the row alone."""
+    recipe = "kv_compress(protected_window=6, observed=8, page=4, buffer=3, query_block=3)@20"
+    together, alone = Feeder(recipe, tapes=(0, 1)), Feeder(recipe, tapes=(1,))
+    for long, short in ((40, 20), (60, 25), (1, 1), (30, 7), (5, 1), (1, 1)):
+        together.step([long, short])
+        alone.step(short)
+        for head in range(alone.kv_heads):
+            ours, own = together.layer.slots, alone.layer.slots
+            held, expected = ours.valid[1, head], own.valid[0, head]
+            assert torch.equal(ours.position[1, head][held], own.position[0, head][expected])
+            torch.testing.assert_close(
+                ours["metric"][1, head][held], own["metric"][0, head][expected]
+            )

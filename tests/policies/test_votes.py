@@ -70,9 +70,7 @@ def test_an_even_share_by_tokens_seen_or_by_keys_in_sight() -> None:
 
 
 def test_a_query_sees_tokens_up_to_itself() -> None:
-    """Empty slots and later tokens are out of sight."""
-    sight = votes.visible(made_slots(), 2)[0, 0].tolist()
-    assert sight == [
-        [False, False, True, True, True, False],
-        [False, False, True, True, True, True],
-    ]
+    """Empty slots and later tokens are out of its sight."""
+    found = torch.full((1, 2, 2, 6), 7, dtype=torch.uint8)
+    votes.hide_unseen(found, made_slots())
+    assert found[0, 1].tolist() == [[0, 0, 7, 7, 7, 0], [0, 0, 7, 7, 7, 7]]

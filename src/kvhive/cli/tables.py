@@ -15,15 +15,15 @@ _LEAST_COLUMN = 26  # characters: narrower columns of prose are hard to read
 def measure_table(results: list[Result]) -> Table:
     """One line for every recipe: memory, speed, fidelity."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("recipe", no_wrap=True, overflow="fold")
+    table.add_column("recipe", overflow="fold")
     for title in (
         "tokens\nkept",
         "cache\nMiB",
         "x\nsmaller",
         "prefill\ns",
-        "decode\ntokens/s",
+        "decode\ntok/s",
         "KL\nnats",
-        "top-1\nagrees",
+        "top-1\nagree",
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for result in results:
@@ -67,7 +67,7 @@ def _columns(results: list[Result], place: int) -> Table:
 def _lines(results: list[Result], place: int) -> Table:
     table = _frame(results, place)
     table.show_header = False
-    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="bold", overflow="fold", max_width=_LEAST_COLUMN)
     table.add_column(overflow="fold", ratio=1)
     for result in results:
         table.add_row(Text(result.recipe), _answer(result, results, place))

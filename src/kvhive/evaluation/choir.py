@@ -106,8 +106,8 @@ class _Told(Group):
         """Causal attention `[b, H, q, d]` -> `[b, H, q, e]`; then each member keeps what it keeps."""
         keys, values = self._held
         del self._held
-        out, _ = attend(query, keys, values, scale, NOTHING)
-        reports: dict[Needs, Observed] = {}
+        out, nothing = attend(query, keys, values, scale, NOTHING)
+        reports: dict[Needs, Observed] = {NOTHING: nothing}
         for member in self.members:
             needs = member.policy.needs
             if needs not in reports:

@@ -15,6 +15,7 @@ _MAP_NOTE = (
     "Every line is a KV head, layers from top to bottom; a token is coloured where it survived. "
     "Above, the share of all heads that hold it. Point at the map to read the words."
 )
+_MOST = 0.6  # from this share on letters must be dark, whatever the page's own colour
 
 
 def kept_page(
@@ -50,5 +51,5 @@ def _span(word: Word, heads: int) -> str:
     title = f"kept by {word.share * heads:.0f} of {heads} heads"
     if word.tokens > 1:
         title += f" (mean of {word.tokens} tokens)"
-    kind = "" if word.share else ' class="gone"'
-    return f'<span{kind} style="--a:{100 * word.share:.0f}%" title="{title}">{text}</span>'
+    kind = "gone" if not word.share else "most" if word.share >= _MOST else "some"
+    return f'<span class="{kind}" style="--a:{100 * word.share:.0f}%" title="{title}">{text}</span>'

@@ -93,7 +93,7 @@ class Corm(Policy):
         number = seen.rows.shape[2]
         share = votes.average_share(slots, number, self.threshold)
         grouped = votes.by_group(seen.rows, slots.heads)
-        important = (grouped >= share[:, :, None, :, None]).any(2)
+        important = grouped.amax(2) >= share[..., None]
         votes.record(slots["votes"], important, slots.position[:, 0, -number:], self._ring)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def endorse(
 
 
 def _causal(position: Tensor, rows: int) -> Tensor:
-    """bool `[b, K, rows, n]`: tokens that each of the last `rows` queries could see; padding none."""
+    """bool `[b, K, rows, n]`: tokens each of the last `rows` queries may see; padding sees none."""
     slot = torch.arange(position.shape[-1], device=position.device)
     valid = position >= 0
     return (slot <= slot[-rows:, None]) & valid[:, :, None, :] & valid[:, :, -rows:, None]

@@ -15,6 +15,8 @@ from kvhive.policies.futures import Gaussian, QueryRing, fit
 from kvhive.policies.selection import grouped, keep_top, sinks
 from kvhive.slots import Column, Slots
 
+HELD_AND_QUERIES = Needs(keys=True, values=True, queries=True)
+
 
 @POLICIES.register("expected_attention")
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ExpectedAttention(Policy):
     @property
     def needs(self) -> Needs:
         """Queries of every step; keys and values when something must go."""
-        return Needs(keys=True, values=True, queries=True)
+        return HELD_AND_QUERIES
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -78,11 +80,17 @@ class ExpectedAttention(Policy):
         """Remember the last queries; of a step that brings as many, describe all."""
         assert seen.queries is not None
         ring = QueryRing(slots.state, seen.queries, self.queries)
-        position, fresh = ring.add(slots.position[:, 0, -seen.fresh :], seen.queries)
+        position = slots.newest(seen.fresh)
+        # Below padding there may be old slots: a query is real if its slot is newer than all known.
+        real = ring.newer(position) if slots.holes else None
+        ring.add(position, seen.queries, real)
         Gaussian.forget(slots.state)
-        many = fresh.sum(1) >= self.queries
+        if seen.fresh < self.queries:
+            return
+        real = torch.ones_like(position, dtype=torch.bool) if real is None else real
+        many = real.sum(1) >= self.queries
         if bool(many.any()):
-            use = fresh & (position >= self.sink)
+            use = real & (position >= self.sink)
             whole = fit(seen.queries, position, use, seen.rotation, self.covariance)
             if not bool(many.all()):
                 whole = whole.where(many, self._latest(ring, seen))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvhive.rope import Rotation
 
+HEADS_AT_ONCE = 8  # bounds the scratch memory of a long prompt's statistics
+
 
 class QueryRing:
     """The last `size` queries of every row, with their positions, held in a policy's state.
@@ -22,7 +24,7 @@ class QueryRing:
             assert like is not None
             batch, heads, _, width = like.shape
             state["queries"] = like.new_zeros(batch, heads, size + 1, width)
-            state["position"] = like.new_full((batch, size + 1), -1, dtype=torch.int32)
+            state["position"] = like.new_full((batch, size + 1), -1, dtype=torch.int64)
         self._queries, self._position = state["queries"], state["position"]
 
     @property
@@ -32,25 +34,29 @@ class QueryRing:
 
     @property
     def position(self) -> Tensor:
-        """int32 `[b, size]`."""
+        """int64 `[b, size]`."""
         return self._position[:, :-1]
 
-    def add(self, position: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, position: Tensor, queries: Tensor, real: Tensor | None) -> None:
         """Take in a step's queries `[b, H, q, d]`; the newest replace the oldest.
 
-        position: int32 `[b, q]`, that of the slots under the queries. A query is new if its slot is
-        newer than all known: below padding there may be old slots. Returns position and bool `[b,
-        q]`, which are new.
+        position: int64 `[b, q]`. real: bool `[b, q]`, False for padding; None when there is none.
         """
-        size = self.position.shape[1]
-        fresh = position > self.position.amax(1, keepdim=True)
-        place = torch.where(fresh, position % size, size)[:, -size:].long()
-        written = position.masked_fill(~fresh, -1)[:, -size:]
-        self._position.scatter_(1, place, written)
-        self._queries.scatter_(
-            2, place[:, None, :, None].expand_as(queries[:, :, -size:]), queries[:, :, -size:]
-        )
-        return position, fresh
+        size = self._position.shape[1] - 1
+        if position.shape[1] > size:
+            position, queries = position[:, -size:], queries[:, :, -size:]
+            real = None if real is None else real[:, -size:]
+        place = position % size
+        if real is not None:
+            place = place.masked_fill(~real, size)
+        self._position.scatter_(1, place, position)
+        self._queries.scatter_(2, place[:, None, :, None].expand_as(queries), queries)
+        if real is not None:
+            self._position[:, size] = -1
+
+    def newer(self, position: Tensor) -> Tensor:
+        """bool, as `position`: which are newer than all that the row's ring holds."""
+        return position > self.position.amax(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -100,17 +106,19 @@ class Gaussian:
     def log_expectation(self, keys: Tensor, scale: float) -> Tensor:
         """log E[exp(scale * query * key)], float32 `[b, H, n]`, for keys `[b, K, n, d]`.
 
-        One query head at a time, so that scratch memory is a few times the keys of one KV head.
+        One KV head at a time, so that scratch memory is a few times its group's share of the keys.
         """
-        heads, kv_heads = self.mean.shape[1], keys.shape[1]
+        group = self.mean.shape[1] // keys.shape[1]
         logs = []
-        for head in range(heads):
-            key = keys[:, head // (heads // kv_heads)].float() * scale
-            log = (key @ self.mean[:, head, :, None]).squeeze(-1)
+        for head in range(keys.shape[1]):
+            mine = slice(head * group, (head + 1) * group)
+            key = keys[:, head].float() * scale
+            log = self.mean[:, mine] @ key.transpose(-1, -2)
             if self.covariance is not None:
-                log = log + 0.5 * ((key @ self.covariance[:, head]) * key).sum(-1)
+                key = key[:, None]
+                log = log + 0.5 * (key @ self.covariance[:, mine]).mul_(key).sum(-1)
             logs.append(log)
-        return torch.stack(logs, 1)
+        return torch.cat(logs, 1)
 
 
 def fit(
@@ -123,16 +131,16 @@ def fit(
     turns = None
     if rotation is not None:
         position = position.clamp_min(0)
-        turns = rotation.cos_sin(position, int(position.max()))
+        turns = rotation.cos_sin(position[:, None], int(position.max()))
     weight = use.float() / use.sum(1, keepdim=True).clamp_min(1)
     means, covariances = [], []
-    for head in queries.unbind(1):
-        query = head.float()
+    for some in queries.split(HEADS_AT_ONCE, dim=1):
+        query = some.float()
         if rotation is not None and turns is not None:
             query = rotation.turn(query, turns[0], -turns[1])
-        mean = (weight[:, None] @ query).squeeze(1)
-        means.append(mean)
+        mean = weight[:, None, None] @ query
+        means.append(mean.squeeze(2))
         if covariance:
-            spread = (query - mean[:, None]) * weight.sqrt()[..., None]
+            spread = (query - mean) * weight.sqrt()[:, None, :, None]
             covariances.append(spread.transpose(-1, -2) @ spread)
-    return Gaussian(torch.stack(means, 1), torch.stack(covariances, 1) if covariance else None)
+    return Gaussian(torch.cat(means, 1), torch.cat(covariances, 1) if covariance else None)

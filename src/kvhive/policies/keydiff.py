@@ -21,9 +21,10 @@ class KeyDiff(Policy):
     """Keep the most distinctive keys: those with the lowest cosine similarity to the mean key held.
 
     Keys as attention reads them (rotated), each KV head by itself; no attention is looked at, so
-    the choice knows nothing of the question. Ties: the older token. Source: Park et al. 2025,
-    arXiv:2504.15364, section 3; `KeyDiffPress` of kvpress. State: float32 score per slot, worked
-    out anew at each eviction because the mean moves.
+    the choice knows nothing of the question. Ties: the older token.
+
+    Source: Park et al. 2025, arXiv:2504.15364; `KeyDiffPress` of kvpress. State: float32 score per
+    slot, worked out anew at each eviction because the mean moves.
     """
 
     source: ClassVar[str] = "arXiv:2504.15364"

@@ -84,8 +84,8 @@ class KVCompress(Policy):
 
     @property
     def counters(self) -> Mapping[str, torch.dtype]:
-        """The position of the coming token, and tokens generated since the last prompt."""
-        return {"next": torch.int32, "generated": torch.int32}
+        """With an interval: tokens generated since the last prompt."""
+        return {"generated": torch.int32} if self.interval > 1 else {}
 
     @property
     def least_budget(self) -> int:
@@ -104,8 +104,10 @@ class KVCompress(Policy):
         return -(-budget // self.page) * self.page
 
     def slack(self, budget: int) -> int:
-        """Whole pages; a small budget has none to spare."""
-        return super().slack(budget) // self.page * self.page
+        """Whole pages, at least one; budgets below 8 pages have none to spare."""
+        if budget < 8 * self.page:
+            return 0
+        return max(1, super().slack(budget) // self.page) * self.page
 
     def acts(self, decoding: bool) -> bool:
         """After every prompt, and while generating unless switched off."""
@@ -114,34 +116,47 @@ class KVCompress(Policy):
     def observe(self, slots: Slots, seen: Observed) -> None:
         """metric += votes; those of several tokens at once, a prompt's, are pooled."""
         assert seen.rows is not None
-        position, generated = slots.position, slots.counters["generated"]
-        arrived = new_tokens(slots, seen.fresh)
-        slots.counters["next"].clamp_min_(position[:, :, slots.length - seen.fresh :].amax(-1) + 1)
-        generated.add_(arrived == 1).masked_fill_(arrived > 1, 0)
-        votes = self.votes(seen.rows, position, arrived[:, 0] > 1)
+        pooled = None
+        if seen.fresh > 1 or self.interval > 1:
+            arrived = new_tokens(slots, seen.fresh)
+            pooled = arrived[:, 0] > 1 if seen.fresh > 1 else None
+            if self.interval > 1:
+                generated = slots.counters["generated"]
+                generated.add_(arrived == 1).masked_fill_(arrived > 1, 0)
+        votes = self.votes(seen.rows, slots, pooled)
         slots["metric"].add_(grouped(votes, slots.heads).sum(2))
 
-    def votes(self, rows: Tensor, position: Tensor, pooled: Tensor) -> Tensor:
+    def votes(self, rows: Tensor, slots: Slots, pooled: Tensor | None) -> Tensor:
         """float32 `[b, H, n]`: what each query head gives, from probabilities `[b, H, r, n]`.
 
-        position: int `[b, K, n]`, those of the r queries at the end. pooled: bool `[b]`, for which
-        rows of the batch votes are max-pooled.
+        The r queries are those of the last slots. pooled: bool `[b]`, for which rows of the batch
+        votes are max-pooled; None: for none.
         """
         votes = rows.square() if self.norm == "l2" else rows
-        asking = position[:, :, position.shape[-1] - rows.shape[2] :]
+        first = slots.length - rows.shape[2]
         if self.buffer:
-            near = position[:, :, None, :] > asking[..., None] - self.buffer
-            group = rows.shape[1] // position.shape[1]
+            position, group = slots.position, rows.shape[1] // slots.heads
+            near = position[:, :, None, :] > position[:, :, first:, None] - self.buffer
             votes = votes.masked_fill(near.repeat_interleave(group, dim=1), 0.0)
         if rows.shape[2] > self.query_block:  # blocks are counted from a row's first query
-            first = (asking[:, 0] < 0).to(torch.uint8).sort(dim=-1, stable=True).indices
-            votes = votes.gather(2, first[:, None, :, None].expand_as(votes))
+            padding = ~slots.valid[:, 0, first:]
+            order = padding.to(torch.uint8).sort(dim=-1, stable=True).indices
+            votes = votes.gather(2, order[:, None, :, None].expand_as(votes))
         blocks = [block.sum(2) for block in torch.split(votes, self.query_block, dim=2)]
-        plain = torch.stack(blocks).sum(0)
-        if self.pool == 1 or not bool(pooled.any()):
+        plain = torch.stack(blocks).sum(0) if len(blocks) > 1 else blocks[0]
+        if self.pool == 1 or pooled is None:
             return plain
-        blocks = [F.max_pool1d(block, self.pool, 1, self.pool // 2) for block in blocks]
+        blocks = [self._smooth(block, slots) for block in blocks]
         return torch.where(pooled[:, None, None], torch.stack(blocks).sum(0), plain)
+
+    def _smooth(self, votes: Tensor, slots: Slots) -> Tensor:
+        """Max-pool `[b, H, n]` over neighbouring tokens, past padding that lies between them."""
+        if not slots.holes:
+            return F.max_pool1d(votes, self.pool, 1, self.pool // 2)
+        order = slots.valid.to(torch.uint8).sort(dim=-1, stable=True).indices
+        order = order.repeat_interleave(votes.shape[1] // slots.heads, dim=1)
+        pooled = F.max_pool1d(votes.gather(-1, order), self.pool, 1, self.pool // 2)
+        return torch.empty_like(votes).scatter_(-1, order, pooled)
 
     def select_all(
         self, slots: Sequence[Slots], limits: Sequence[Tensor], slack: int | None, decoding: bool
@@ -153,8 +168,8 @@ class KVCompress(Policy):
         if not bool(excess.any()):
             return None
         position, metric = pages.side_by_side(slots, "metric")
-        newest = slots[0].counters["next"][:, :1, None] - self.protected_window
-        evictable = (position >= self.sink) & (position <= newest)
+        coming = position.amax((1, 2))[:, None, None] + 1
+        evictable = (position >= self.sink) & (position <= coming - self.protected_window)
         keep = pages.free(metric, position >= 0, evictable, excess, self.page)
         return pages.apart(keep, slots)
 
@@ -162,12 +177,13 @@ class KVCompress(Policy):
         self, slots: Sequence[Slots], limits: Sequence[Tensor], slack: int | None = 0
     ) -> Tensor:
         """int64 `[b]`: pages that each row is to give up."""
-        device = slots[0].counters["next"].device
+        device = limits[0].device
         count = torch.cat([held.count.to(device) for held in slots], 1)
         heads, taken = count.shape[1], pages.count_pages(count, self.page).sum(1)
         if self.rate is not None:
             window = self.peak(self.protected_window)
-            older = slots[0].counters["next"][:, 0].long() + 1 - window
+            newest = [held.position.amax((1, 2)).to(device) for held in slots]
+            older = torch.stack(newest).amax(0).long() + 2 - window  # the coming token included
             target = ((older * heads).double() * self.rate).ceil().long() + window * heads
             surplus = (count.sum(1) - target).clamp_min(0)
             return torch.where(older > 0, pages.count_pages(surplus, self.page), 0)

@@ -24,13 +24,14 @@ class L2Norm(Policy):
     """Keep the keys with the smallest Euclidean norm in each KV head; no attention is looked at.
 
     Ties: the older token. A rotation changes no norm, so it does not matter that keys are rotated.
-    Layers in `skip_layers` keep everything and do not count towards the budget. Source: Devoto et
-    al. 2024, arXiv:2406.11430; `l2_compress` of the authors' code, `KnormPress` of kvpress. State:
-    float32 norm per slot, so that keys are read once, when they arrive.
+    Layers in `skip_layers` keep everything and do not count towards the budget.
+
+    Source: Devoto et al. 2024, arXiv:2406.11430; `l2_compress` of the authors' code, `KnormPress`
+    of kvpress. State: float32 norm per slot, measured when something must go.
     """
 
     source: ClassVar[str] = "arXiv:2406.11430"
-    cost: ClassVar[str] = "no attention scores; 4 bytes a slot"
+    cost: ClassVar[str] = "reads the keys once an eviction, no attention scores; 4 bytes a slot"
 
     skip_layers: tuple[int, ...] = knob(
         (), "layers left whole, counted from 0; the authors leave out [0, 1]"
@@ -53,7 +54,7 @@ class L2Norm(Policy):
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        """The norm of the slot's key."""
+        """The norm of the slot's key at the last eviction."""
         return {"norm": Column()}
 
     @property
@@ -77,12 +78,11 @@ class L2Norm(Policy):
             )
         return Full() if layer in self.skip_layers else self
 
-    def observe(self, slots: Slots, seen: Observed) -> None:
-        """The norms of the keys that came."""
-        assert seen.keys is not None
-        fresh = seen.keys[:, :, -seen.fresh :]
-        norm = torch.linalg.vector_norm(fresh, dim=-1, dtype=torch.float32)
-        slots["norm"][:, :, -seen.fresh :] = norm
+    def weigh(self, slots: Slots, held: Observed) -> None:
+        """Measure the keys."""
+        assert held.keys is not None
+        norm = torch.linalg.vector_norm(held.keys, dim=-1, dtype=torch.float32)
+        slots["norm"].copy_(norm)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """The shortest keys, and the window if there is to be one."""

@@ -24,8 +24,9 @@ class Random(Policy):
 
     A token's lot is a hash of its position, drawn once for ever, and the highest lots stay. So at
     every moment of a stream the survivors are a uniform sample of all the tokens seen (beside the
-    sinks and the window, if any are asked for), and the same text gives the same sample in any
-    batch. Source: a control, no paper. State: none.
+    sinks and the window, if any are asked for), and a text gives the same sample in any batch.
+
+    Source: a control, no paper. State: none.
     """
 
     source: ClassVar[str] = "a control"

@@ -146,13 +146,13 @@ class Scissorhands(Policy):
         grouped = votes.by_group(seen.rows, slots.heads)
         share = votes.average_share(slots, number, self.threshold)
         low = (grouped < share[:, :, None, :, None]).sum(2, dtype=torch.uint8)
-        low = low * votes.visible(slots, number)
-        planes = grouped.shape[2].bit_length()
-        slots.reshape("low", (planes, votes.ring_bytes(history)))
-        position = slots.position[:, 0, -number:]
-        for plane in range(planes):
-            bit = ((low >> plane) & 1).bool()
-            votes.record(slots["low"][:, :, :, plane], bit, position, history)
+        votes.hide_unseen(low, slots)
+        planes, width = grouped.shape[2].bit_length(), votes.ring_bytes(history)
+        slots.reshape("low", (planes, width))
+        ring = slots["low"].view(*slots["low"].shape[:2], -1, width)  # each digit has its own
+        place = torch.arange(planes, dtype=torch.uint8, device=low.device)
+        digits = ((low[..., None] >> place) & 1).bool().flatten(3)
+        votes.record(ring, digits, slots.position[:, 0, -number:], history)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """Drop the worst of the older tokens down to `budget - drop + 1`."""

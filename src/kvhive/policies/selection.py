@@ -49,11 +49,12 @@ def keep_top(
 
 def grouped(per_query_head: Tensor, kv_heads: int) -> Tensor:
     """`[b, H, ...]` -> `[b, K, H / K, ...]`: the query heads that share each KV head."""
-    return per_query_head.unflatten(1, (kv_heads, -1))
+    batch, heads, *rest = per_query_head.shape
+    return per_query_head.view(batch, kv_heads, heads // kv_heads, *rest)
 
 
 def joint_ranks(value: Tensor, closeness: float) -> Tensor:
-    """int64 `[b, K, n]`: ranks from 0, ascending; one rank for neighbours within a share `closeness`.
+    """int64 `[b, K, n]`: ranks from 0, ascending; neighbours within a share of `closeness` are one.
 
     For values that would be equal but for their rounding, which may differ from batch to batch.
     """

@@ -81,19 +81,31 @@ class SnapKV(Policy):
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Add the votes of this step's last queries to the block, or begin a new one with them."""
         assert seen.rows is not None
-        ballot = self._ballot(grouped(seen.rows.sum(2), slots.heads))
-        for column in self.columns:
-            slots.reshape(column, ballot.shape[3:])
-        votes, before, voters = slots["votes"], slots["before"], slots.counters["voters"]
-        fresh = (seen.rows[:, 0].sum(-1) > 0).sum(-1, keepdim=True).int()  # padded rows are zero
-        full = voters + fresh > self.window
-        if bool(full.any()):
-            over = full.view(*full.shape, *[1] * (votes.dim() - 2))
-            before.copy_(torch.where(over, votes, before))
-            votes.masked_fill_(over, 0.0)
-            voters.masked_fill_(full, 0)
-        votes.add_(ballot)
+        rows = grouped(seen.rows, slots.heads)
+        if self.group_reduce == "max":  # of sums only, so that every query head counts for itself
+            for column in self.columns:
+                slots.reshape(column, rows.shape[2:3])
+        voters = slots.counters["voters"]
+        fresh: Tensor | int = rows.shape[3]
+        if slots.holes:  # rows of padding are zero
+            fresh = (seen.rows[:, 0].sum(-1) > 0).sum(-1, keepdim=True).int()
+        if int(voters.amax()) + rows.shape[3] > self.window:
+            self._begin_block(slots, voters + fresh > self.window)
+        votes = slots["votes"]
+        if self.group_reduce == "max":
+            votes.add_(rows.sum(3).transpose(-1, -2))
+        else:
+            weight = 1.0 / rows.shape[2] if self.group_reduce == "mean" else 1.0
+            votes.add_(rows.sum((2, 3)), alpha=weight)
         voters.add_(fresh)
+
+    def _begin_block(self, slots: Slots, full: Tensor) -> None:
+        """Where the current block is full (bool `[b, K]`) it becomes the block before."""
+        votes, before = slots["votes"], slots["before"]
+        over = full.view(*full.shape, *[1] * (votes.dim() - 2))
+        before.copy_(torch.where(over, votes, before))
+        votes.masked_fill_(over, 0.0)
+        slots.counters["voters"].masked_fill_(full, 0)
 
     def score(self, slots: Slots, past: Tensor) -> Tensor:
         """float32 `[b, K, n]`: smoothed votes of the slots in `past` (bool), the candidates."""
@@ -117,9 +129,3 @@ class SnapKV(Policy):
         window = recent(slots, size)
         past = slots.valid & ~window
         return window | keep_top(self.score(slots, past), past, budget - size)
-
-    def _ballot(self, votes: Tensor) -> Tensor:
-        """`[b, K, group, n]` -> `[b, K, n]`; `[b, K, n, group]` for the maximum, taken of sums."""
-        if self.group_reduce == "max":
-            return votes.transpose(-1, -2)
-        return votes.sum(2) if self.group_reduce == "sum" else votes.mean(2)

@@ -14,6 +14,8 @@ from kvhive.policies.base import POLICIES, Policy, knob
 from kvhive.policies.selection import grouped, keep_top, recent
 from kvhive.slots import Column, Slots
 
+LAST_ROW = Needs(last_rows=1)
+
 
 @POLICIES.register("tova")
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class Tova(Policy):
     """Keep the tokens that the newest query attends to most, averaged over all heads of the layer.
 
     No sinks, no window, no memory of earlier queries; all KV heads of a layer hold the same tokens.
-    The newest token itself may go. Ties: the newer token stays. Source: Oren et al. 2024,
-    arXiv:2401.06104; `TOVACache` of the authors' code, `TOVAPress` of kvpress with `protect_last`.
-    State: float32 per slot, the attention of the last query.
+    The newest token itself may go. Ties: the newer token stays.
+
+    Source: Oren et al. 2024, arXiv:2401.06104; `TOVACache` of the authors' code, `TOVAPress` of
+    kvpress with `protect_last`. State: float32 per slot, the attention of the last query.
     """
 
     source: ClassVar[str] = "arXiv:2401.06104"
@@ -34,7 +37,7 @@ class Tova(Policy):
     @property
     def needs(self) -> Needs:
         """The last query's probabilities."""
-        return Needs(last_rows=1)
+        return LAST_ROW
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -50,9 +53,11 @@ class Tova(Policy):
         """Only the newest query counts; a padded one does not."""
         assert seen.rows is not None
         row = seen.rows[:, :, -1]
-        voted = row[:, :1].sum(-1, keepdim=True) > 0
-        column = slots["attention"]
-        column.copy_(torch.where(voted, grouped(row, slots.heads).mean(2), column))
+        given, column = grouped(row, slots.heads).mean(2), slots["attention"]
+        if slots.holes:
+            voted = row[:, :1].sum(-1, keepdim=True) > 0
+            given = torch.where(voted, given, column)
+        column.copy_(given)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """The most attended tokens of the layer."""

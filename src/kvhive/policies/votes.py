@@ -35,10 +35,16 @@ def average_share(slots: Slots, rows: int, threshold: Threshold) -> Tensor:
     return 1 / number.clamp_min(1).float()
 
 
-def visible(slots: Slots, rows: int) -> Tensor:
-    """bool `[b, K, rows, n]`: the slots that each of the last `rows` queries could see."""
-    slot = torch.arange(slots.length, device=slots.valid.device)
-    return (slot <= slot[-rows:, None]) & slots.valid[:, :, None, :]
+def hide_unseen(found: Tensor, slots: Slots) -> None:
+    """Clear, in place, what each of the last r queries could not see: `[b, K, r, n]`.
+
+    Those are empty slots and later tokens.
+    """
+    rows = found.shape[2]
+    later = torch.ones(rows, rows, dtype=torch.bool, device=found.device).triu(1)
+    found[..., -rows:].masked_fill_(later, 0)
+    if slots.holes:
+        found.masked_fill_(~slots.valid[:, :, None], 0)
 
 
 def by_group(rows: Tensor, heads: int) -> Tensor:
@@ -66,14 +72,12 @@ def record(ring: Tensor, votes: Tensor, position: Tensor, history: int) -> None:
 
 
 def _record_one(ring: Tensor, votes: Tensor, position: Tensor, history: int) -> None:
-    """One query a row: only the byte that holds its bit is touched."""
-    bit = (position[:, 0].clamp_min(0) % history)[:, None, None, None]
+    """One query a row: only the byte that holds its bit is touched; for padding not even that."""
+    bit = (position % history)[:, :, None, None]
     index = (bit // 8).long().expand(*votes.shape, 1)
-    mask = (1 << (bit % 8)).to(torch.uint8)
-    byte = ring.gather(-1, index)
-    fresh = torch.where(votes[..., None], byte | mask, byte & ~mask)
-    real = (position >= 0)[:, :, None, None]
-    ring.scatter_(-1, index, torch.where(real, fresh, byte))
+    mask = ((position >= 0)[:, :, None, None] << (bit % 8)).to(torch.uint8)
+    fresh = (ring.gather(-1, index) & ~mask) | (votes[..., None] * mask)
+    ring.scatter_(-1, index, fresh)
 
 
 def count(ring: Tensor, newest: Tensor, rows: Tensor, history: int) -> Tensor:

@@ -81,8 +81,8 @@ class Events:
         for head in range(heads):
             keep[0, head, kept(self.case, event - 1, layer, head)] = True
         compact(slots, keep)
-        slots.counters["next"].fill_(self.seen)
-        slots.counters["generated"].fill_(self.generated)
+        for counter in slots.counters.values():
+            counter.fill_(self.generated)
         return slots
 
     def attend(self, event: int, slots: list[Slots], fresh: int) -> None:
@@ -97,7 +97,7 @@ class Events:
             _, seen = attend(query, keys, keys, scale, self.policy.needs, held.valid)
             if fresh > 1:
                 assert seen.rows is not None
-                votes = self.policy.votes(seen.rows, held.position, torch.tensor([True]))[0].T
+                votes = self.policy.votes(seen.rows, held, torch.tensor([True]))[0].T
                 off = float((votes - tensors["prefill_metric"][layer]).abs().max())
                 where = f"event {event}, layer {layer}"
                 require(off <= TOLERANCE, f"{where}: prefill_metric is off by up to {off:.2e}")

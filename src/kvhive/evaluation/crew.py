@@ -1,0 +1,165 @@
+"""Workers: in this process, or several processes of this machine. Ray's are in `ray_crew.py`.
+
+A worker is sent one unit at a time and answers with its rows. One that dies is replaced and its
+unit is given out again; nothing else is lost, because rows are written as they come.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from kvhive.evaluation.lab import Lab, Loaded, Plan, Row
+from kvhive.evaluation.settings import Settings, Unit
+
+Answer = Plan | list[Row]
+
+
+class Died(Exception):
+    """A worker is gone, and with it what it was working on."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A unit went wrong in a worker, which lives on. error: the exception, if it could be sent."""
+
+    error: Exception
+
+
+class Worker(Protocol):
+    """One worker. `None` as a unit asks for the plan."""
+
+    def send(self, unit: Unit | None) -> None:
+        """Begin; the answer comes through the crew's `wait`."""
+
+    def stop(self) -> None:
+        """End it."""
+
+
+class Crew(Protocol):
+    """A kind of workers."""
+
+    size: int
+
+    def hire(self) -> Worker:
+        """A new worker."""
+
+    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
+        """The next that is done, and its answer."""
+
+
+class Alone:
+    """The worker of a run without jobs: this process. It can only be waited for."""
+
+    size = 1
+
+    def __init__(self, settings: Settings, loaded: Loaded | None = None) -> None:
+        self._lab = Lab(settings, loaded)
+        self._unit: Unit | None = None
+
+    def hire(self) -> Alone:
+        """Itself."""
+        return self
+
+    def send(self, unit: Unit | None) -> None:
+        """Remember the unit."""
+        self._unit = unit
+
+    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
+        """Do the work now."""
+        return self, self._lab.plan() if self._unit is None else self._lab.run(self._unit)
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+class Processes:
+    """`size` processes of this machine, each with a copy of the model."""
+
+    def __init__(self, settings: Settings, size: int) -> None:
+        self.size = size
+        self._settings = settings
+        self._context = multiprocessing.get_context("spawn")
+
+    def hire(self) -> Process:
+        """A process that loads the model and waits for units."""
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=serve, args=(theirs, self._settings), daemon=True)
+        process.start()
+        theirs.close()
+        return Process(process, ours)
+
+    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
+        """The first to answer, or to die."""
+        ours = {worker.pipe: worker for worker in busy if isinstance(worker, Process)}
+        pipe: Any = wait(list(ours))[0]
+        try:
+            return ours[pipe], pipe.recv()
+        except (EOFError, OSError):
+            return ours[pipe], Died()
+
+
+@dataclass(eq=False)
+class Process:
+    """A process and the pipe to it."""
+
+    process: Any
+    pipe: Connection
+
+    def send(self, unit: Unit | None) -> None:
+        """Send the unit; a process that is dead already is noticed by `wait`."""
+        try:
+            self.pipe.send(unit)
+        except OSError:
+            self.pipe.close()
+            self.pipe, broken = multiprocessing.Pipe()
+            broken.close()
+
+    def stop(self) -> None:
+        """End the process at once: it holds nothing that is not written."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+
+
+def serve(pipe: Connection, settings: Settings) -> None:
+    """The life of a worker process."""
+    _be_quiet()
+    lab: Lab | None = None
+    while True:
+        try:
+            unit = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            lab = lab or Lab(settings)
+            answer: Answer | Failed = lab.plan() if unit is None else lab.run(unit)
+        except KeyboardInterrupt:
+            return
+        except Exception as error:
+            answer = Failed(sendable(error))
+        pipe.send(answer)
+
+
+def sendable(error: Exception) -> Exception:
+    """The error if it is of a plain kind, else one that holds its traceback as text."""
+    if type(error) in (ValueError, TypeError, OSError, FileNotFoundError, ImportError, MemoryError):
+        return error
+    return RuntimeError("".join(traceback.format_exception(error)))
+
+
+def threads_each(workers: int) -> int:
+    """CPU threads for each of several workers on this machine."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def _be_quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

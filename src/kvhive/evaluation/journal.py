@@ -1,0 +1,166 @@
+"""A run's folder: what was run (`run.json`) and every result as a line of `rows.jsonl`.
+
+A unit's rows are written together, at once, and only whole units count: a run that was killed, or
+whose disk filled up, goes on where it stopped. When all is done the rows are put into the order of
+the plan, so that two runs with the same seed give the same file whatever finished first.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+Row = dict[str, Any]
+RUN, ROWS, LOCK = "run.json", "rows.jsonl", "lock"
+
+
+class Journal:
+    """The folder of one run, locked against other runs while it is open (as in `with`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Journal:
+        """Raises `ValueError` when another run writes here, `OSError` when the folder cannot be
+        used.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(
+                f"another run is writing to {str(self.folder)!r}; wait, or choose another folder"
+            ) from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def begin(self, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Row]:
+        """Start the run, or go on with it; the rows that are there already.
+
+        Raises `ValueError` when the folder holds another run, naming what differs.
+        """
+        path = self.folder / RUN
+        now = {"settings": dict(identity), "facts": dict(facts)}
+        if path.exists():
+            _check_same(read_run(self.folder), now, self.folder)
+        elif (self.folder / ROWS).exists():
+            raise ValueError(f"{str(self.folder)!r} holds rows but no {RUN}; choose another folder")
+        else:
+            _replace(path, json.dumps(now, indent=2, ensure_ascii=False).encode() + b"\n")
+        return read_rows(self.folder) if (self.folder / ROWS).exists() else []
+
+    def keep_only(self, rows: Sequence[Row]) -> None:
+        """Make these the rows of the run."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        _replace(self.folder / ROWS, b"".join(map(_line, rows)))
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add a unit's rows, all or none.
+
+        Raises `OSError` that says what to do when the disk is full; the rows before are untouched.
+        """
+        if self._file is None:
+            self._file = (self.folder / ROWS).open("ab", buffering=0)
+        before = self._file.seek(0, os.SEEK_END)
+        try:
+            _write(self._file, b"".join(map(_line, rows)))
+        except OSError as error:
+            self._file.truncate(before)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"the disk with {str(self.folder)!r} is full; nothing is lost: make room and run the "
+                "same command again"
+            ) from error
+
+    def finish(self, order: Callable[[Row], Any]) -> None:
+        """Put the rows in order."""
+        rows = read_rows(self.folder)
+        self.keep_only(sorted(rows, key=order))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """`run.json`. Raises `FileNotFoundError` or `ValueError` for what is no run."""
+    path = folder / RUN
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no {RUN}")
+    try:
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); delete the folder") from None
+    return run
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All whole lines of `rows.jsonl`; a last line that was cut off by a crash is left out.
+
+    Raises `ValueError` for damage anywhere else.
+    """
+    path = folder / ROWS
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                where = f"{str(path)!r} is damaged in line {number}"
+                raise ValueError(f"{where}; delete that line") from None
+    return rows
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """The old file or the whole new one is there at every moment."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb", buffering=0) as file:
+        _write(file, data)
+    part.replace(path)
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+    """Versions and threads may change between the parts of a run; what is measured may not."""
+    before, after = dict(old["settings"]), dict(new["settings"])
+    for name in ("model_sha256", "data"):
+        before[name], after[name] = old["facts"].get(name), new["facts"].get(name)
+    for name in after:
+        if before.get(name) != after[name]:
+            what = name if name in ("model_sha256", "data") else f"{name} {before.get(name)!r}"
+            raise ValueError(
+                f"{str(folder)!r} holds a run with another {what}; choose another folder, or give "
+                "the same settings to go on with it"
+            )
