@@ -2,7 +2,7 @@
 #
 # PyPI's own torch for Linux is a CUDA build of several gigabytes. To choose another build of the same
 # version, for a GPU or for a CPU alone, say where it comes from:
-#     make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#     make test TORCH="torch==2.13.0 <the pip options that select the build>"
 # Settings of pip (find-links, indexes, proxies) are used as they are.
 
 TORCH ?= torch==2.13.0
@@ -25,8 +25,8 @@ demo: $(VENV)/demo.stamp ## compare four recipes on examples/demo.md, also as re
 		--ask "What is the file number of this report?" \
 		--ask "What is the pass code for the pump house?" \
 		--ask "What is the claim number?" \
-		--recipe full --recipe buzz@0.4 --recipe h2o@0.4 --recipe streaming_llm@0.4 \
-		--html report.html
+		--recipe full --recipe buzz@0.4 --recipe "buzz(history=log)@0.4" --recipe h2o@0.4 --recipe streaming_llm@0.4 \
+		--threads 1 --html report.html
 
 test: $(VENV)/dev.stamp ## run all tests
 	$(BIN)/pytest -q

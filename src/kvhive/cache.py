@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvhive.attach import ModelFacts, attach
-from kvhive.layer import HiveLayer, Spread
+from kvhive.layer import HiveLayer
+from kvhive.limits import Spread
 from kvhive.recipe import Recipe
 from kvhive.report import Report
 
@@ -96,7 +97,7 @@ class HiveCache(Cache):
             positions=self.positions,
             layers=tuple(self.compressed),
             seen=used[0].row_seen() if used else torch.zeros(0, dtype=torch.int64),
-            kept=torch.stack([layer.slots.count for layer in used]).cpu()
+            kept=torch.stack([layer.slots.count.cpu() for layer in used])
             if used
             else torch.zeros(0, 0, 0, dtype=torch.int64),
             nbytes=self.nbytes,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvhive.budget import Budget
+from kvhive.contract import LayerContract
 from kvhive.kernels import NOTHING, Needs, Observed, attend, span
+from kvhive.limits import Limits, Spread
+from kvhive.placing import count_moved, gaps_closed, place_keys
 from kvhive.policies import Policy
+from kvhive.recording import Recording
 from kvhive.rope import Rotation
 from kvhive.slots import Slots, packed_index
 from kvhive.stores import StoreKind
@@ -36,10 +38,9 @@ class _Waiting(threading.local):
 
 
 WAITING = _Waiting()
-Spread = Callable[[int, int], Tensor]
 
 
-class HiveLayer(CacheLayerMixin):
+class HiveLayer(LayerContract):
     """Keys, values and slots of one attention layer, held to a policy's budget.
 
     policy: who decides. budget: how much a head may hold (None: the policy sizes itself).
@@ -50,12 +51,8 @@ class HiveLayer(CacheLayerMixin):
     once it has attended; waits: whether a later layer does so for this one.
     """
 
-    is_sliding = False
-    is_compileable = False
-
     _row_seen: Tensor | None  # int64 [b], real tokens of each row, once any row was padded
-    _limits: Tensor | None  # int64 [rows or 1, K], what each head may hold; None: no limit
-    _recorded: list[tuple[Tensor, float, Tensor | None]]  # (query, scale, real) that may be taken back
+    _recorded: Recording
     _appended: int  # tokens added since the last eviction: what crop can take back
 
     def __init__(
@@ -68,14 +65,15 @@ class HiveLayer(CacheLayerMixin):
         slack: int | None = None,
         written: Rotation | None = None,
     ) -> None:
-        super().__init__()
-        self.policy, self.budget, self.rotation = policy, budget, rotation
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.policy, self.rotation = policy, rotation
+        self.limits = Limits(policy, budget, spread, slack)
         self.written = written
         self.record_past = False
         self.frozen = False
         self.earlier: list[HiveLayer] = []
         self.waits = False
-        self._kind, self._spread, self._slack = store, spread, slack
+        self._kind = store
         self.reset()
 
     # ---- the step -------------------------------------------------------------------------------
@@ -127,7 +125,7 @@ class HiveLayer(CacheLayerMixin):
         needs = NOTHING if self.record_past else self.policy.needs
         out, seen = self._attend(query, scale, needs, real)
         if self.record_past:
-            self._recorded.append((query, scale, real))
+            self._recorded.add(query, scale, real)
         else:
             self._observe(seen)
             if real is not None:
@@ -192,42 +190,31 @@ class HiveLayer(CacheLayerMixin):
         self._appended += fresh
         if fresh > 1:
             self._prompted = True
-        if fresh > 1 or not self._prompted or self.budget is None:
-            self._set_limits()
+        if fresh > 1 or not self._prompted or self.limits.budget is None:
+            self.limits.set(self._lengths(), self.slots.heads, self.device)
 
     def _close_gaps(self) -> None:
-        """Move padding that came after tokens to the front of its row, where empty slots belong."""
-        slots = self.slots
-        valid = slots.valid
-        if not bool((valid[:, :, :-1] & ~valid[:, :, 1:]).any()):
-            return
-        order = valid.to(torch.uint8).sort(dim=-1, stable=True).indices
-        place = torch.arange(slots.length, device=self.device)
-        index = order.masked_fill(place < (slots.length - slots.count)[..., None], -1)
-        self.store.compact(index, slots.length)
-        slots.compact(index, slots.length, holes=True)
+        index = gaps_closed(self.slots)
+        if index is not None:
+            self.store.compact(index, self.slots.length)
+            self.slots.compact(index, self.slots.length, holes=True)
+            self._count_moved()
+
+    def _count_moved(self) -> None:
         if self.rotation is not None:
-            self._moved = self._count_moved()
+            self._moved = count_moved(self.slots, self.row_seen())
 
     def _read_keys(self, width: int) -> Tensor:
-        """The first `width` keys as attention reads them: turned to their place in the cache where
-        positions ask for it."""
+        """The first `width` keys as attention reads them."""
         keys = self.store.read(width)[0]
         if self.rotation is None or self._moved == 0:
             return keys
-        slots, moved = self.slots, self._moved
-        if self._row_seen is None and not slots.holes:
-            newest = torch.tensor(self.seen - 1, device=self.device)
-            behind = slots.length - 1 - torch.arange(moved, device=self.device)
-        else:
-            newest = slots.position.amax(-1, keepdim=True)
-            behind = slots.count[..., None] - 1 - slots.rank[..., :moved]
-        shift = (newest - slots.position[..., :moved] - behind).clamp_min(0)
-        return torch.cat(
-            [self.rotation.rotate(keys[:, :, :moved], shift, self.seen), keys[:, :, moved:]], 2
-        )
+        return place_keys(keys, self.slots, self._moved, self.rotation, self.seen)
 
     # ---- budget and eviction --------------------------------------------------------------------
+
+    def _lengths(self) -> list[int]:
+        return [self.seen] if self._row_seen is None else self._row_seen.tolist()
 
     def row_seen(self) -> Tensor:
         """int64 `[b]`: real tokens each row has seen, padding excluded."""
@@ -235,31 +222,13 @@ class HiveLayer(CacheLayerMixin):
             return torch.full((self.slots.batch,), self.seen)
         return self._row_seen.cpu()
 
-    def _set_limits(self) -> None:
-        """Work out how many tokens each head may hold from now on."""
-        lengths = [self.seen] if self._row_seen is None else self._row_seen.tolist()
-        limits = [self._limit(seen) for seen in lengths]
-        if any(limit is None for limit in limits):
-            self._limits = None
-            return
-        rows = torch.stack([limit for limit in limits if limit is not None])
-        self._limits = rows.to(self.device)
-        self._least_limit, self._most_limit = int(rows.min()), int(rows.max())
-
-    def _limit(self, seen: int) -> Tensor | None:
-        if self.budget is None:
-            own = self.policy.own_limit(seen)
-            return None if own is None else torch.full((self.slots.heads,), own)
-        budget = self.policy.peak(self.budget.resolve(seen, self.policy.least_budget))
-        return self._spread(budget, self.slots.heads)
-
     def _evict(self, decoding: bool) -> None:
-        if self.frozen or self._limits is None or not self.policy.acts(decoding):
+        if self.frozen or self.limits.rows is None or not self.policy.acts(decoding):
             return
         if self.policy.scope == "model":
             self._evict_all(0, decoding)
-        elif self.slots.length > self._least_limit:
-            self._evict_to(self._limits_less(0), slack=decoding)
+        elif self.slots.length > self.limits.least:
+            self._evict_to(self._limits(0), slack=decoding)
 
     def _evict_all(self, spare: int, decoding: bool) -> None:
         """The last layer evicts for all of them, leaving room for `spare` more tokens a head."""
@@ -268,8 +237,8 @@ class HiveLayer(CacheLayerMixin):
         layers = [*self.earlier, self]
         keeps = self.policy.select_all(
             [layer.slots for layer in layers],
-            [layer._limits_less(spare) for layer in layers],
-            self._slack if decoding else 0,
+            [layer._limits(spare) for layer in layers],
+            self.limits.slack if decoding else 0,
             decoding,
         )
         if keeps is None:
@@ -279,24 +248,8 @@ class HiveLayer(CacheLayerMixin):
             if not torch.equal(keep, layer.slots.valid):
                 layer._compact(keep)
 
-    def _limits_less(self, spare: int) -> Tensor:
-        """int64 `[b, K]`: how many tokens each head may hold for `spare` more to fit."""
-        assert self._limits is not None
-        limits = self._limits
-        if spare:
-            least = (limits - spare).clamp_min(self.policy.least_budget - 1)  # always kept
-            limits = torch.minimum(limits, least)
-        return limits.expand(self.slots.batch, self.slots.heads)
-
-    def _with_slack(self, limits: Tensor) -> Tensor:
-        """What to cut down to: each row frees by its own least limit, so that it does as it does alone."""
-        least = limits.amin(-1, keepdim=True)
-        if self._slack is None:
-            free = [[self.policy.slack(limit)] for limit in least.flatten().tolist()]
-            slack = torch.tensor(free, device=limits.device)
-        else:
-            slack = torch.full_like(least, self._slack)
-        return torch.minimum(limits, (limits - slack).clamp_min(self.policy.least_budget))
+    def _limits(self, spare: int) -> Tensor:
+        return self.limits.less(spare, self.slots.batch, self.slots.heads)
 
     def _evict_to(self, limits: Tensor, slack: bool) -> None:
         """Heads above their limit (int64 `[b, K]`) are cut down to it, the others left alone."""
@@ -304,7 +257,7 @@ class HiveLayer(CacheLayerMixin):
         over = slots.count > limits
         if not bool(over.any()):
             return
-        target = self._with_slack(limits) if slack else limits
+        target = self.limits.with_slack(limits) if slack else limits
         target = torch.where(over, target, limits)  # a head left alone must look so to the policy
         self._weigh()
         self._compact(torch.where(over[..., None], self.policy.select(slots, target), slots.valid))
@@ -315,41 +268,33 @@ class HiveLayer(CacheLayerMixin):
         into = self.policy.merge_into(slots, keep) if self.policy.merges else None
         if into is not None:
             self.store.merge(into)
+        elif torch.equal(keep, slots.valid):
+            return
         index, holes = packed_index(keep)
         kept = index.shape[-1]
         if self.policy.scope == "model":
             capacity = kept + UNEVEN_HEADROOM
+        elif self.limits.budget is None:
+            capacity = kept + HEADROOM
         else:
-            capacity = max(kept, min(kept + HEADROOM, self._most_limit + 1))
+            capacity = max(kept, min(kept + HEADROOM, self.limits.most + 1))
         self.store.compact(index, capacity)
         slots.compact(index, capacity, holes)
         self._appended = 0
         self.evicted = True
-        if self.rotation is not None:
-            self._moved = self._count_moved()
-
-    def _count_moved(self) -> int:
-        """How many leading slots are not adjacent, in position, to all that follow them.
-
-        The token to come follows them too, so everything has moved once the newest token is evicted.
-        """
-        position = self.slots.position
-        newest = self.row_seen().to(self.device)[:, None, None] - 1
-        behind = self.slots.length - 1 - torch.arange(self.slots.length, device=self.device)
-        moved = (position >= 0) & (newest - position != behind)
-        return int((moved.any(0).any(0) * (self.slots.length - behind)).max())
+        self._count_moved()
 
     def make_room(self, tokens: int) -> None:
         """Evict now, so that `tokens` more can be appended without going over budget.
 
         What the policy always keeps stays, so a long turn may evict again.
         """
-        if not self.is_initialized or self._limits is None:
+        if not self.is_initialized or self.limits.rows is None:
             return
         if self.policy.scope == "model":
             self._evict_all(tokens, decoding=False)
         else:
-            self._evict_to(self._limits_less(tokens), slack=False)
+            self._evict_to(self._limits(tokens), slack=False)
 
     def _room(self, fresh: int) -> int:
         """Slots to allocate for: a prompt exactly, a decoded token with headroom, within the budget."""
@@ -361,23 +306,11 @@ class HiveLayer(CacheLayerMixin):
         if self.policy.scope == "model":
             return needed + UNEVEN_HEADROOM
         evicts = not self.frozen and self.policy.acts(decoding=True)
-        bounded = evicts and self._limits is not None and self.budget is not None
-        most = max(needed, self._most_limit + 1) if bounded else needed + HEADROOM
+        bounded = evicts and self.limits.rows is not None and self.limits.budget is not None
+        most = max(needed, self.limits.most + 1) if bounded else needed + HEADROOM
         return min(needed + HEADROOM, most)
 
     # ---- what transformers asks of a cache layer -------------------------------------------------
-
-    def get_seq_length(self) -> int:
-        """Tokens SEEN, padding included, so that position ids stay right; not tokens kept."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(tokens seen after this step, 0): the padding mask spans all that was seen."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit on what may be seen."""
-        return -1
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -430,18 +363,14 @@ class HiveLayer(CacheLayerMixin):
 
     def _commit(self, removed: int) -> None:
         """Count the votes of the recorded queries that were not taken back, and evict."""
-        recorded, self._recorded = self._recorded, []
-        fresh = sum(query.shape[2] for query, _, _ in recorded) - removed
-        if fresh <= 0:
+        step = self._recorded.take(removed)
+        if step is None:
             return
+        query, scale, real = step
         if self.policy.needs != NOTHING:
-            query = torch.cat([query for query, _, _ in recorded], dim=2)[:, :, :fresh]
-            real = _join_real(recorded, fresh)
-            _, seen = self._attend(query, recorded[0][1], self.policy.needs, real)
+            _, seen = self._attend(query, scale, self.policy.needs, real)
             self._observe(seen)
-        if self.slots.holes:
-            self._close_gaps()
-        self._evict(decoding=fresh == 1)
+        self._evict(decoding=query.shape[2] == 1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues what row `beam_idx[i]` was."""
@@ -452,28 +381,9 @@ class HiveLayer(CacheLayerMixin):
         self.slots.select_rows(rows)
         if self._row_seen is not None:
             self._row_seen = self._row_seen.index_select(0, rows)
-        if self._limits is not None and self._limits.shape[0] > 1:
-            self._limits = self._limits.index_select(0, rows)
-        self._recorded = [
-            (
-                query.index_select(0, rows),
-                scale,
-                None if real is None else real.index_select(0, rows),
-            )
-            for query, scale, real in self._recorded
-        ]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, copies side by side."""
-        if self.seen:
-            rows = torch.arange(self.slots.batch, device=self.device)
-            self.reorder_cache(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows of the batch (indices or a bool mask)."""
-        if self.seen:
-            rows = torch.arange(self.slots.batch, device=self.device)
-            self.reorder_cache(rows[indices.to(self.device)])
+        if self.limits.rows is not None and self.limits.rows.shape[0] > 1:
+            self.limits.rows = self.limits.rows.index_select(0, rows)
+        self._recorded.select_rows(rows)
 
     def reset(self) -> None:
         """Back to empty; settings stay."""
@@ -486,28 +396,18 @@ class HiveLayer(CacheLayerMixin):
         self._appended = 0
         self._prompted = False  # whether any step brought more than one token
         self._moved = 0  # leading slots whose keys must be turned when read
-        self._limits = None
-        self._least_limit = self._most_limit = 0
+        self.limits.reset()
         self._scale = 1.0
-        self._recorded = []
-
-    def offload(self) -> None:
-        """Keys and values to the CPU."""
-        self.store.to("cpu")
-
-    def prefetch(self) -> None:
-        """Keys and values back to the device they came from."""
-        if self.is_initialized:
-            self.store.to(self.device)
+        self._recorded = Recording()
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor this layer holds."""
-        extra = [t for t in (self._row_seen, self._limits) if t is not None]
-        extra += [query for query, _, _ in self._recorded]
+        extra = [t for t in (self._row_seen, self.limits.rows) if t is not None]
         return (
             self.store.nbytes
             + self.slots.nbytes
+            + self._recorded.nbytes
             + sum(tensor.untyped_storage().nbytes() for tensor in extra)
         )
 
@@ -521,14 +421,3 @@ class HiveLayer(CacheLayerMixin):
                 f"this cache holds {names} = {expected} but was given {got}; a cache belongs to one model "
                 "and one batch: make a new one, or call reset()"
             )
-
-
-def _join_real(recorded: list[tuple[Tensor, float, Tensor | None]], fresh: int) -> Tensor | None:
-    """bool `[b, fresh]`: which of the recorded queries are no padding; None when all are tokens."""
-    if all(real is None for _, _, real in recorded):
-        return None
-    parts = [
-        query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if real is None else real
-        for query, _, real in recorded
-    ]
-    return torch.cat(parts, dim=1)[:, :fresh]

@@ -62,8 +62,8 @@ class Recipe:
             )
         if self.positions not in (None, "original", "cache"):
             raise ValueError(f"positions must be 'original' or 'cache', got {self.positions!r}")
-        if not _fits(self.slack, int | None) or (self.slack is not None and self.slack < 0):
-            raise ValueError(f"slack must be a whole number of at least 0, got {self.slack!r}")
+        if self.slack is not None and self.slack < 0:
+            raise ValueError(f"slack must be at least 0, got {self.slack}")
         if self.slack and tokens is not None and self.slack > tokens - self.policy.least_budget:
             raise ValueError(
                 f"slack {self.slack} leaves {name} fewer than its least of {self.policy.least_budget} "
@@ -102,6 +102,9 @@ class Recipe:
             )
         name, knobs = policy_part
         shared = {knob: knobs.pop(knob) for knob in _SHARED_KNOBS if knob in knobs}
+        hints = get_type_hints(cls)
+        for knob, value in shared.items():
+            _check_knob(name, knob, value, hints[knob])
         return cls(_build(POLICIES, name, knobs), budget, allocation, store, **shared)
 
     def __str__(self) -> str:
@@ -155,9 +158,13 @@ def _build(registry: Registry[Any], name: str, knobs: dict[str, Any]) -> Any:
             raise ValueError(f"{name} has no knob {knob!r}; {hint}")
         if value is None and "none" in get_args(hints[knob]):
             value = knobs[knob] = "none"  # a word of its own here, as in decode=none
-        if not _fits(value, hints[knob]):
-            raise ValueError(f"{name}: {knob} must be {_spell(hints[knob])}, got {value!r}")
+        _check_knob(name, knob, value, hints[knob])
     return cls(**knobs)
+
+
+def _check_knob(name: str, knob: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        raise ValueError(f"{name}: {knob} must be {_spell(hint)}, got {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

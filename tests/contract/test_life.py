@@ -133,7 +133,7 @@ def test_memory_shrinks_with_the_prompt(recipe: str) -> None:
     small.step(900)
     full.step(900)
     layer = small.layer
-    most = layer.policy.peak(layer.budget.resolve(900, 1)) if layer.budget else 900
+    most = layer.policy.peak(layer.limits.budget.resolve(900, 1)) if layer.limits.budget else 900
     assert int(layer.slots.count.float().mean()) <= most
     spare = layer.slots.capacity - layer.slots.length
     assert 0 <= spare <= HEADROOM

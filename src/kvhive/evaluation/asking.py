@@ -1,4 +1,4 @@
-"""Run the probes of an item: each alone on one compressed context, or as turns of a conversation."""
+"""Run the probes of an item: each alone on one compressed context, or as turns of one talk."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class _Told(Group):
         return keys, value_states
 
     def attend(self, query: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
-        """Causal attention `[b, H, q, d]` -> `[b, H, q, e]`; then each member keeps what it keeps."""
+        """Causal attention `[b, H, q, d]` -> `[b, H, q, e]`; then every member evicts."""
         keys, values = self._held
         del self._held
         out, nothing = attend(query, keys, values, scale, NOTHING)

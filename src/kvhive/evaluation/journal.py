@@ -64,7 +64,7 @@ class Journal:
         if path.exists():
             _check_same(read_run(self.folder), now, self.folder)
         elif (self.folder / ROWS).exists():
-            raise ValueError(f"{str(self.folder)!r} holds rows but no {RUN}; choose another folder")
+            raise ValueError(f"{str(self.folder)!r} has rows but no {RUN}; choose another folder")
         else:
             _replace(path, json.dumps(now, indent=2, ensure_ascii=False).encode() + b"\n")
         return read_rows(self.folder) if (self.folder / ROWS).exists() else []
@@ -91,8 +91,8 @@ class Journal:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OSError(
-                f"the disk with {str(self.folder)!r} is full; nothing is lost: make room and run the "
-                "same command again"
+                f"the disk with {str(self.folder)!r} is full; nothing is lost: make room and run "
+                "the same command again"
             ) from error
 
     def finish(self, order: Callable[[Row], Any]) -> None:

@@ -31,7 +31,7 @@ def exact_match(text: str, references: Iterable[str]) -> float:
 
 
 def strict_exact_match(text: str, references: Iterable[str]) -> float:
-    """1 if the text equals the first reference, trimmed and in lower case: the rule of BUZZ's code."""
+    """1 if the text equals the first reference, trimmed, in lower case: BUZZ's own rule."""
     first = next(iter(references), "")
     return float(text.strip().lower() == first.strip().lower())
 

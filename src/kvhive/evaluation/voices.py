@@ -118,12 +118,10 @@ class Stage:
 
     @torch.no_grad()
     def follow(self, voices: Sequence[Voice], ids: Sequence[int]) -> list[Tensor]:
-        """As `advance`, but says the logits after every token: `[tokens, vocabulary]` for each
-        voice.
-        """
+        """As `advance`; the logits after every token, `[tokens, vocabulary]` for each voice."""
         told: list[list[Tensor]] = [[] for _ in voices]
         for group, size in _by_step(voices, len(ids) - 1):
-            # The last token comes alone: storage then grows as for decoding, before copies are made.
+            # The last token comes alone: storage grows as for decoding before copies are made.
             cuts = [*range(0, len(ids) - 1, max(1, size)), len(ids) - 1]
             for start, stop in zip(cuts, [*cuts[1:], len(ids)], strict=True):
                 step, caches = list(ids[start:stop]), [voice.cache for voice in group]

@@ -1,6 +1,6 @@
 """The data sets tasks read, by name: where a record's fields come from and what shape they have.
 
-`files` lists SHA-256 sums of published files. The evaluation sets are subsets that a user brings in
+`sums` are SHA-256 sums of published files. The evaluation sets are subsets that a user brings in
 a folder; a file with another sum is read too, if its schema is right, and the sum is recorded with
 the run, so that results on other items cannot be mistaken for results on these.
 """
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 class Hub:
     """A data set of the Hugging Face hub at a fixed commit, and how its rows become our records.
 
-    convert: (row number, row) -> record, or None to leave the row out. join: rows of one text each
+    convert: (row number, row) -> records. join: rows of one text each
     are first joined to one, in order (`convert` then sees {"text": whole}).
     """
 
@@ -34,7 +34,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class DataSet:
-    """file: below the data folder. fields: name -> shape of every record's fields (see `files.py`)."""
+    """file: below the data folder. fields: name -> shape of a record's fields (`schema.py`)."""
 
     name: str
     file: str

@@ -1,4 +1,4 @@
-"""Fidelity: how far a compressed cache's predictions are from the full cache's, whatever the task."""
+"""Fidelity: how far a compressed cache's predictions are from the full cache's, on any text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Needles in a haystack, in RULER's four kinds: one, one of several, several of one, several asked."""
+"""Needles in a haystack, RULER's four kinds: one, one of several, several of one, several."""
 
 from __future__ import annotations
 
