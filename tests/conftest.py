@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import kvhive.models
 from tests.support import tiny_llama
 
 
@@ -32,3 +33,12 @@ def model() -> PreTrainedModel:
 def stock() -> PreTrainedModel:
     """The same weights, never attached: transformers' own sdpa."""
     return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in bfloat16, shared by all tests: leave it as you found it."""
+    try:
+        return kvhive.models.load("smollm2")
+    except ImportError as error:
+        pytest.skip(str(error))

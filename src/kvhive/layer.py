@@ -13,7 +13,7 @@ from kvhive.budget import Budget
 from kvhive.contract import LayerContract
 from kvhive.kernels import NOTHING, Needs, Observed, attend, span
 from kvhive.limits import Limits, Spread
-from kvhive.placing import count_moved, gaps_closed, place_keys
+from kvhive.placing import by_row, count_moved, gaps_closed, place_keys
 from kvhive.policies import Policy
 from kvhive.recording import Recording
 from kvhive.rope import Rotation
@@ -120,7 +120,11 @@ class HiveLayer(LayerContract):
 
         real: bool `[b, q]`, False for padding among the new tokens; None when there is none.
         """
-        fresh = query.shape[2]
+        fresh, order = query.shape[2], None
+        if real is not None and bool((real[:, :-1] & ~real[:, 1:]).any()):
+            order = real.to(torch.uint8).sort(dim=1, stable=True).indices  # padding first
+            query, real = by_row(query, order), real.gather(1, order)
+            self._reorder_newest(order)
         self._add_slots(fresh, real)
         needs = NOTHING if self.record_past else self.policy.needs
         out, seen = self._attend(query, scale, needs, real)
@@ -131,7 +135,14 @@ class HiveLayer(LayerContract):
             if real is not None:
                 self._close_gaps()
             self._evict(decoding=fresh == 1)
-        return out
+        return out if order is None else by_row(out, order.argsort(1))
+
+    def _reorder_newest(self, order: Tensor) -> None:
+        """Put the tokens just appended, not yet in the slots, into another order, int64 `[b, q]`."""
+        held = torch.arange(self.slots.length, device=self.device).expand(order.shape[0], -1)
+        index = torch.cat([held, order + self.slots.length], 1)
+        index = index[:, None].expand(-1, self.store.keys.shape[1], -1)
+        self.store.compact(index, self.store.capacity)
 
     def _attend(
         self, query: Tensor, scale: float, needs: Needs, real: Tensor | None

@@ -51,3 +51,8 @@ def gaps_closed(slots: Slots) -> Tensor | None:
     order = valid.to(torch.uint8).sort(dim=-1, stable=True).indices
     place = torch.arange(slots.length, device=valid.device)
     return order.masked_fill(place < (slots.length - slots.count)[..., None], -1)
+
+
+def by_row(tensor: Tensor, order: Tensor) -> Tensor:
+    """`[b, H, q, d]` with the queries of each row in the order of int64 `[b, q]`."""
+    return tensor.gather(2, order[:, None, :, None].expand_as(tensor))

@@ -28,9 +28,6 @@ RAGGED = [
     *LARGE_SHARES,
     *(with_slack(recipe, 12) for recipe in [*LARGE_SHARES, *with_budget(96)] if "@" in recipe),
 ]
-BY_COLUMNS = [  # the last rows of a row padded on the right are padding, and vote for nothing
-    recipe for recipe in [*SMALL, *SHARES] if not Recipe.parse(recipe).policy.needs.last_rows
-]
 ROTATION = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03]))
 
 
@@ -81,7 +78,7 @@ def test_turns_of_unequal_length_are_as_alone(recipe: str | Recipe) -> None:
         assert held(batch, row) == held(single, 0)
 
 
-@pytest.mark.parametrize("recipe", BY_COLUMNS)
+@pytest.mark.parametrize("recipe", [*SMALL, *SHARES])
 def test_padding_on_the_right_does_no_harm(recipe: str) -> None:
     """The short row was padded after its tokens; from the next step on it is as it is alone."""
     batch, alone = Feeder(recipe, tapes=(0, 1)), Feeder(recipe, tapes=(1,))

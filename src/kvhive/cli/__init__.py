@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvhive import __version__
-from kvhive.cli import compare, generate, recipes, show
+from kvhive.cli import compare, evaluate, generate, recipes, report, show
 from kvhive.cli.console import Commands, failed
 
 app = typer.Typer(
@@ -50,6 +50,8 @@ compare.register(app)
 show.register(app)
 generate.register(app)
 recipes.register(app)
+evaluate.register(app)
+report.register(app)
 
 
 def main() -> None:

@@ -32,19 +32,19 @@ def reads_like_others(cache: HiveCache) -> bool:
     return can_join(cache) and isinstance(cache.recipe.store, Dense)
 
 
-class Tee(Cache):  # type: ignore[misc]
+class Tee(Cache):
     """Reads one prompt (one row, one step) for all `caches`, which must be empty."""
 
     def __init__(self, caches: Sequence[HiveCache]) -> None:
         compressed = set(caches[0].compressed)
-        layers = [
+        layers: list[Any] = [
             (_Told if index in compressed else Together)([cache.layers[index] for cache in caches])
             for index in range(len(caches[0].layers))
         ]
         super().__init__(layers=layers)
 
 
-class Choir(Cache):  # type: ignore[misc]
+class Choir(Cache):
     """Steps for all `caches` at once: the batch is their rows, one cache after the other.
 
     rows: how many each has. All must have seen equally many tokens.
@@ -52,7 +52,7 @@ class Choir(Cache):  # type: ignore[misc]
 
     def __init__(self, caches: Sequence[HiveCache], rows: Sequence[int]) -> None:
         compressed = set(caches[0].compressed)
-        layers = [
+        layers: list[Any] = [
             (_Voices if index in compressed else _Stock)(
                 [cache.layers[index] for cache in caches], list(rows)
             )
@@ -61,13 +61,13 @@ class Choir(Cache):  # type: ignore[misc]
         super().__init__(layers=layers)
 
 
-class Group(CacheLayerMixin):  # type: ignore[misc]
+class Group(CacheLayerMixin):
     """One layer of several caches, in the place of one; speaks for them through the first."""
 
     is_compileable = False
 
     def __init__(self, members: Sequence[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.members = list(members)
         self.is_sliding = bool(self.members[0].is_sliding)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,9 +26,9 @@ class Desk:
         """All records of a data set."""
         return self.source.records(name)
 
-    def random(self, *key: object) -> random.Random:
+    def random(self, *key: object) -> Random:
         """Random numbers for this seed and key, whatever was drawn before."""
-        return random.Random("/".join(map(str, (self.seed, *key))))
+        return Random("/".join(map(str, (self.seed, *key))))
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text alone."""
@@ -48,9 +48,9 @@ class Desk:
             if room < 0:
                 break
             kept.append(one)
-        return " ".join(kept) or str(self.tokenizer.decode(self.ids(text)[:tokens]))
+        return " ".join(kept) or str(self.tokenizer.decode(list(self.ids(text)[:tokens])))
 
-    def book(self, rng: random.Random, tokens: int) -> tuple[int, ...]:
+    def book(self, rng: Random, tokens: int) -> tuple[int, ...]:
         """Ids of `tokens` tokens of a random book from a random paragraph on.
 
         Raises `ValueError` when no book is that long.
@@ -62,7 +62,7 @@ class Desk:
             raise ValueError(f"the books are too short for a passage of {tokens} tokens")
         return ids[:tokens]
 
-    def sentences(self, rng: random.Random, tokens: int) -> list[str]:
+    def sentences(self, rng: Random, tokens: int) -> list[str]:
         """Consecutive sentences of a random book, about `tokens` tokens of them."""
         text = rng.choice(self.records("books"))["text"]
         start = text.find("\n\n", rng.randrange(max(1, len(text) - 8 * tokens))) + 2
@@ -76,7 +76,7 @@ class Desk:
 
     def haystack(
         self,
-        rng: random.Random,
+        rng: Random,
         tokens: int,
         needles: Sequence[tuple[float, str]],
         hay: str = "book",

@@ -56,10 +56,10 @@ def lead(stage: Stage, caches: Sequence[HiveCache], ids: Sequence[int]) -> list[
     return results
 
 
-class _Led(Cache):  # type: ignore[misc]
+class _Led(Cache):
     def __init__(self, caches: Sequence[HiveCache]) -> None:
         compressed = set(caches[0].compressed)
-        layers = [
+        layers: list[Any] = [
             (_Leader if index in compressed else Together)(
                 [cache.layers[index] for cache in caches]
             )

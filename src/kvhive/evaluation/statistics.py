@@ -244,8 +244,8 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
             if found is not None and recipe != NONE:
                 skills.setdefault(recipe, {}).setdefault(mode, []).append(found)
     names = [name for name in dict.fromkeys(row["recipe"] for row in rows) if name != NONE]
-    found = [_standing(name, skills.get(name, {}), rows) for name in names]
-    return sorted(found, key=lambda one: -_overall(one))
+    ranked = [_standing(name, skills.get(name, {}), rows) for name in names]
+    return sorted(ranked, key=lambda one: -_overall(one))
 
 
 def _standing(recipe: str, skills: Mapping[str, list[Numbers]], rows: Sequence[Row]) -> Standing:

@@ -49,8 +49,9 @@ def in_pieces(asked: Asked, ids: Sequence[int], piece: int, skip: int) -> Perfor
     for begin in range(skip - skip % piece, len(ids) - 1, piece):
         part = list(ids[begin : begin + piece])
         (voice,) = asked.stage.read((), [recipe])
-        ((forced,),) = asked.stage.force([voice], [Script(tuple(part), 1)]) if part[1:] else ((),)
-        score += list(zip(forced.logprobs, forced.hits, strict=True))
+        if part[1:]:
+            ((forced,),) = asked.stage.force([voice], [Script(tuple(part), 1)])
+            score += list(zip(forced.logprobs, forced.hits, strict=True))
     return Performance(str(recipe), (_outcome(score),), voice.end, voice.end)
 
 

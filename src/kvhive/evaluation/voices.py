@@ -104,8 +104,8 @@ class Stage:
         elif ids:
             for start in range(0, len(ids), self.block or 1):
                 block = ids[start : start + (self.block or 1)]
-                said = self.sing(caches, [[block]] * len(caches), keep=1)
-                logits = {place: rows[0, -1] for place, rows in enumerate(said)}
+                parts = self.sing(caches, [[block]] * len(caches), keep=1)
+                logits = {place: rows[0, -1] for place, rows in enumerate(parts)}
         return [
             Voice(str(recipe), cache, logits.get(place), self._singly(cache))
             for place, (recipe, cache) in enumerate(zip(recipes, caches, strict=True))

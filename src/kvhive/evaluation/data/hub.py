@@ -69,7 +69,10 @@ class HubSource:
                 f"cannot load {hub.path} from the hub: {reason}; check the network, or give the "
                 "data as a folder (--data FOLDER)"
             ) from error
-        return found if hub.join else found.select(range(min(MOST_ROWS, len(found))))
+        rows: Iterable[Record] = (
+            found if hub.join else found.select(range(min(MOST_ROWS, len(found))))
+        )
+        return rows
 
 
 def _hub(data: DataSet) -> Hub:

@@ -1,0 +1,156 @@
+"""`kvhive evaluate`: recipes on tasks, with every result kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from kvhive.cli.console import Device, Dtype, Model, Threads, err, note
+
+if TYPE_CHECKING:
+    from kvhive.evaluation.runner import State
+
+_RECIPES = ["buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(evaluate)
+
+
+def evaluate(
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where results go; an unfinished run goes on.")
+    ],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help=f"Repeat for more. The full cache always runs. Default: {', '.join(_RECIPES)}.",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "-t",
+            metavar="TASK",
+            help="A task, 'passkey(lengths=(512, 2048))', or a group: suite, ruler, all. "
+            "Repeat for more. Default: suite.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(metavar="MODES", help="Whether the question is compressed too.")
+    ] = "agnostic,aware",
+    limit: Annotated[int, typer.Option(min=1, metavar="ITEMS", help="Items a task.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|hub|builtin",
+            envvar="KVHIVE_DATA",
+            help="Where texts come from: a folder, the Hugging Face hub, or made up.",
+        ),
+    ] = None,
+    prefill_block: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Feed prompts in blocks, every recipe evicting after each: peak memory is bounded. "
+            "Default: in one step, shared by all recipes.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Processes (with --ray: workers).")
+    ] = 1,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Spread over a Ray cluster, or 'auto'.")
+    ] = None,
+    model: Model = "smollm2",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Measure what recipes cost and what they lose, on tasks, with error bars.
+
+    Every item is run with the full cache, with every recipe, and without its context. Results are
+    written item by item: a run that was stopped goes on where it was. Then see [bold]kvhive
+    report FOLDER[/bold].
+
+    [dim]$[/dim] kvhive evaluate -r buzz@0.4 -r h2o@0.4 -t passkey --limit 20 --out runs/first
+    """
+    from kvhive.evaluation.runner import evaluate as run
+    from kvhive.evaluation.settings import Settings
+
+    settings = Settings(
+        model=model,
+        recipes=tuple(recipe or _RECIPES),
+        tasks=tuple(task or ("suite",)),
+        modes=tuple(part.strip() for part in mode.split(",") if part.strip()),
+        limit=limit,
+        seed=seed,
+        data=data,
+        block=prefill_block,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    ).checked()
+    _quiet()
+    with _bar() as progress:
+        run(settings, out, jobs=jobs, ray=ray, progress=progress)
+    _summary(out)
+
+
+def _summary(folder: Path) -> None:
+    from kvhive.cli.report import show
+    from kvhive.evaluation.report.run import Run
+
+    show(Run.read(folder))
+    err().print(f"results: {folder}; see also: kvhive report {folder} --html report.html")
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[State], None]]:
+    """A bar with the time left on stderr."""
+    columns = (
+        BarColumn(bar_width=28, complete_style="yellow", finished_style="green"),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}", style="dim"),
+    )
+    with Progress(*columns, console=err(), transient=True) as progress:
+        bar: Any = progress.add_task("loading", total=None)
+
+        def tell(state: State) -> None:
+            if state.note:
+                note(state.note)
+                return
+            left = "" if state.left is None else f"  {_clock(state.left)} left"
+            progress.update(
+                bar,
+                total=state.total,
+                completed=state.done,
+                description=f"{_clock(state.elapsed)}{left}  {state.unit}",
+            )
+
+        yield tell
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

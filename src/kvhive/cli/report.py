@@ -1,0 +1,61 @@
+"""`kvhive report`: a run's figures, in the terminal, as CSV and as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvhive.cli.console import command_line, err, note, out
+
+if TYPE_CHECKING:
+    from kvhive.evaluation.report.run import Run
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(report)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What evaluate wrote to.")],
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write every figure as CSV.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.")
+    ] = None,
+) -> None:
+    """Show what [bold]kvhive evaluate[/bold] measured: scores, losses, memory, and how sure they
+    are.
+
+    [dim]$[/dim] kvhive report runs/first --csv first.csv --html first.html
+    """
+    from kvhive.evaluation.report.csv import as_csv
+    from kvhive.evaluation.report.page import report_page
+    from kvhive.evaluation.report.run import Run
+    from kvhive.html.page import check_writable, write_page
+
+    for path in (csv, html):
+        if path is not None:
+            check_writable(path)
+    run = Run.read(folder)
+    show(run)
+    if csv is not None:
+        write_page(csv, as_csv(run.scores))
+        err().print(f"figures: {csv}", soft_wrap=True)
+    if html is not None:
+        write_page(html, report_page(run, command_line()))
+        err().print(f"report: {html}", soft_wrap=True)
+
+
+def show(run: Run) -> None:
+    """The leaderboard and every task, on stdout; warnings on stderr."""
+    from kvhive.evaluation.report.table import leaderboard, task_tables
+
+    console = out()
+    for table in (*task_tables(run), leaderboard(run)):
+        console.print(table)
+    for sentence in run.unclear():
+        note(sentence)
