@@ -35,7 +35,7 @@ QUESTION = 32  # tokens of the continuation that an `aware` prompt includes
 TEXTS = {
     "wikitext": ("wikitext2/test_articles.jsonl.gz", "text"),
     "book": ("books/books.jsonl.gz", "text"),
-    "news": ("multi_news/longbench_subset.jsonl.gz", "context"),
+    "news": ("multi_news/longbench_subset.jsonl.gz", "article"),
 }
 BUZZ_VARIANTS = ("buzz(history=log)", "buzz(variant=no_max)", "buzz(positions=original)")
 

@@ -48,9 +48,8 @@ class _Frame:
         parts = []
         for value in ticks(self.low, self.high):
             y = self.y(value)
-            parts.append(
-                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            )
+            ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+            parts.append(f'<line class="grid" {ends}/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
         for value in ticks(self.left, self.right):
             if whole and value != int(value):
@@ -93,13 +92,21 @@ def quality_plot(points: Sequence[Point], across: str, up: str) -> str:
         x, y = frame.x(one.across), frame.y(one.up.value)
         top, bottom = frame.y(one.up.high), frame.y(one.up.low)
         told = f"{one.name}: {one.up.value:.4g} ({one.up.low:.4g} .. {one.up.high:.4g})"
-        ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7.5"/>' if one.front else ""
+        ring = _ring(one.name, x, y) if one.front else ""
         parts.append(
             f'<g style="--c:{one.colour}"><line class="whisker" x1="{x:.1f}" x2="{x:.1f}" '
             f'y1="{top:.1f}" y2="{bottom:.1f}"/>{ring}<circle class="dot" cx="{x:.1f}" '
             f'cy="{y:.1f}" r="4.5"><title>{escape(told)}</title></circle></g>'
         )
     return _svg("".join(parts), f"{up} against {across}")
+
+
+def _ring(name: str, x: float, y: float) -> str:
+    """The mark of the Pareto front, with the recipe's name on the side that has room."""
+    left = x > WIDTH * 0.7
+    side = f'x="{x - 11:.1f}" text-anchor="end"' if left else f'x="{x + 11:.1f}"'
+    label = f'<text class="name" {side} y="{y + 4:.1f}">{escape(name)}</text>'
+    return f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7.5"/>{label}'
 
 
 def turn_plot(lines: Mapping[str, Mapping[int, float]], colours: Mapping[str, str], up: str) -> str:

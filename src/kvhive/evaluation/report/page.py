@@ -100,7 +100,7 @@ def _standing(run: Run, one: Standing, modes: list[str], parts: list[tuple[str, 
     cells = [_number(one.kept, f"{one.kept:.0%}"), _number(one.bytes, f"{one.bytes:.0%}")]
     for mode in modes:
         skill = one.skills.get(mode)
-        cells.append(_number(skill and skill.value, _percent(skill)))
+        cells.append(_number(None if skill is None else skill.value, _percent(skill)))
     for task, mode in parts:
         found = [score for score in run.headline(task, mode) if score.recipe == one.recipe]
         cells.append(_score_cell(found[0]) if found else "<td></td>")

@@ -8,15 +8,15 @@ from rich.text import Text
 
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.settings import NONE
-from kvhive.evaluation.statistics import Interval, Score
+from kvhive.evaluation.statistics import FULL, Interval, Score
 from kvhive.report import MIB
 
 
 def leaderboard(run: Run) -> Table:
     """Recipes by mean skill over the tasks that can show a loss."""
     modes = [mode for mode in ("agnostic", "aware", "stream") if _has(run, mode)]
-    table = _frame("leaderboard: skill, 100 % like the full cache, 0 % like no context")
-    table.add_column("recipe", no_wrap=True)
+    table = _frame("leaderboard: 100 % like the full cache, 0 % like no context")
+    table.add_column("recipe", overflow="fold")
     for title in ("kept", "bytes", *modes):
         table.add_column(title, justify="right", no_wrap=True)
     for one in run.standings:
@@ -35,8 +35,8 @@ def task_tables(run: Run) -> list[Table]:
         first = scores[0]
         arrow = "lower is better" if first.measure.lower_is_better else "higher is better"
         table = _frame(f"{task}, {mode}: {first.measure.name} ({arrow}), {first.items} items")
-        table.add_column("recipe", no_wrap=True)
-        for title in ("score", "of full", "95 %", "difference", "95 %", "kept", "MiB"):
+        table.add_column("recipe", overflow="fold")
+        for title in ("score", "of full", "minus full", "kept", "MiB"):
             table.add_column(title, justify="right", no_wrap=True)
         for score in scores:
             table.add_row(*_cells(score))
@@ -47,17 +47,17 @@ def task_tables(run: Run) -> list[Table]:
 def _cells(score: Score) -> list[Text]:
     name = "no context" if score.recipe == NONE else score.recipe
     plain = [f"{score.score.value:.4g}"]
-    plain += _with_range(score.ratio, ".1%") if score.recipe != "full" else ["", ""]
-    plain += _with_range(score.difference, "+.3g") if score.recipe != "full" else ["", ""]
+    if score.recipe == FULL:
+        plain += ["", ""]
+    else:
+        plain += [_share(score.ratio), _with_half(score.difference)]
     plain += [f"{score.kept:,.0f}", f"{score.nbytes / MIB:.2f}"]
     style = "dim" if score.recipe == NONE else ""
     return [Text(name, style=style or "bold"), *(Text(cell, style=style) for cell in plain)]
 
 
-def _with_range(figure: Interval | None, form: str) -> list[str]:
-    if figure is None:
-        return ["-", ""]
-    return [format(figure.value, form), f"{figure.low:{form}} .. {figure.high:{form}}"]
+def _with_half(figure: Interval) -> str:
+    return f"{figure.value:+.3g} ± {(figure.high - figure.low) / 2:.2g}"
 
 
 def _share(figure: Interval | None) -> str:
