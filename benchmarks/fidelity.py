@@ -3,11 +3,12 @@
     KVHIVE_DATA=path/to/data python benchmarks/fidelity.py --out docs/results/fidelity
     python benchmarks/fidelity.py --text one.txt --text two.txt --policy buzz --budget 0.4
 
-Each text is read for `--prefix` tokens and the next `--scored` tokens are fed one by one, with the full
-cache and with every recipe. `agnostic`: the cache is compressed before any of the continuation is seen.
-`aware`: the first 32 tokens of the continuation belong to the prompt, as a question would. Results are
-appended to OUT.jsonl run by run, so a run that was stopped goes on where it was; at the end the table
-OUT.md and the plot OUT.svg are written. `--jobs 2` splits the recipes over two processes.
+Each text is read for `--prefix` tokens and the next `--scored` tokens are fed one by one, with the
+full cache and with every recipe. `agnostic`: the cache is compressed before any of the continuation
+is seen. `aware`: the first 32 tokens of the continuation belong to the prompt, as a question would.
+Results are appended to OUT.jsonl run by run, so a run that was stopped goes on where it was; at the
+end the table OUT.md and the plot OUT.svg are written. `--jobs 2` splits the recipes over two
+processes.
 """
 
 from __future__ import annotations
@@ -162,9 +163,12 @@ def plot(means: dict[tuple[str, str, str], dict[str, float]], file: Path) -> Non
     styles = [(c, m) for m in "osv" for c in plt.get_cmap("tab10").colors]
     for axis, mode in zip(axes, ("agnostic", "aware"), strict=True):
         for policy, (colour, marker) in zip(policies, styles, strict=False):
-            points = sorted((v["bytes"], v["kl"]) for (p, _, m), v in means.items() if (p, m) == (policy, mode))
+            means_here = [v for (p, _, m), v in means.items() if (p, m) == (policy, mode)]
+            points = sorted((mean["bytes"], mean["kl"]) for mean in means_here)
             wide = 2.6 if policy.startswith("buzz") else 1.2
-            axis.plot(*zip(*points, strict=True), marker=marker, color=colour, lw=wide, label=policy)
+            axis.plot(
+                *zip(*points, strict=True), marker=marker, color=colour, lw=wide, label=policy
+            )
         axis.set(title=mode, xlabel="bytes held / full cache", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL to the full cache (nats a token)")

@@ -1,10 +1,12 @@
-"""Memory of recipes: peak resident set over the weights, and the peak of the cache during chunked prefill.
+"""Memory of recipes: peak resident set over the weights, and the peak of the cache during chunked
+prefill.
 
     python benchmarks/memory.py --prompt 4096 --recipe full --recipe buzz@0.4
     python benchmarks/memory.py --prompt 8000 --chunk 512 --recipe h2o@1024
 
-Each cache runs in a fresh process, since a process's peak never goes down. "cache peak" is the largest
-`nbytes` of the cache seen after any layer of any step, in units of the full cache's bytes a token.
+Each cache runs in a fresh process, since a process's peak never goes down. "cache peak" is the
+largest `nbytes` of the cache seen after any layer of any step, in units of the full cache's bytes a
+token.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/speed.py --prompt 4096 --new 128 --recipe full --recipe buzz@0.4
 
-Every round runs the stock `DynamicCache` with sdpa and then each recipe on the same prompt; a recipe's
-figure is the median over rounds of its ratio to the stock cache of the same round, because a shared
-machine's speed drifts between rounds but less within one. `--long` instead decodes on and compares
-the cost per token early and late: nothing may grow with the tokens seen.
+Every round runs the stock `DynamicCache` with sdpa and then each recipe on the same prompt; a
+recipe's figure is the median over rounds of its ratio to the stock cache of the same round, because
+a shared machine's speed drifts between rounds but less within one. `--long` instead decodes on and
+compares the cost per token early and late: nothing may grow with the tokens seen.
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def read(
     mask: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Logits `[b, n, vocabulary]` of `ids`, the first `prompt` in one step (or chunks), then singly."""
+    """Logits `[b, n, vocabulary]` of `ids`, the first `prompt` in one step (or chunks), then
+    singly.
+    """
     sizes = [min(chunk or prompt, prompt - i) for i in range(0, prompt, chunk or prompt)]
     parts, start = [], 0
     for size in [*sizes, *[1] * (ids.shape[1] - prompt)]:

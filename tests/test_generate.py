@@ -1,4 +1,6 @@
-"""`model.generate` with our cache: every way of decoding, against the stock cache on the same weights."""
+"""`model.generate` with our cache: every way of decoding, against the stock cache on the same
+weights.
+"""
 
 from __future__ import annotations
 

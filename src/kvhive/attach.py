@@ -44,17 +44,20 @@ def attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention contract: query `[b, H, q, d]` -> (output `[b, q, H, e]`, no weights).
+    """transformers' attention contract: query `[b, H, q, d]` -> (output `[b, q, H, e]`, no
+    weights).
 
-    Keys that come from a HiveCache are attended in its layer, which evicts afterwards; all others go to
-    transformers' own sdpa. Raises `ValueError` for attention features that are not implemented.
+    Keys that come from a HiveCache are attended in its layer, which evicts afterwards; all others
+    go to transformers' own sdpa. Raises `ValueError` for attention features that are not
+    implemented.
     """
     layer: HiveLayer | None = getattr(key, HANDLE, None)
     expected = WAITING.pop()
     if layer is None:
         if expected:
             raise ValueError(
-                f"{type(module).__name__} changes the keys between cache and attention, so kvhive cannot "
+                f"{type(module).__name__} changes the keys between cache and attention, so kvhive "
+                "cannot "
                 "compress them; use the stock cache with this model"
             )
         return _stock_attention(
@@ -79,11 +82,12 @@ def mask_forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask contract. Plain causal attention: the 2-D padding mask, or None, untouched.
+    """transformers' mask contract. Plain causal attention: the 2-D padding mask, or None,
+    untouched.
 
-    Causality and eviction are decided where the slots are, so no `[b, 1, q, n]` mask is built; other
-    kinds of mask (sliding or chunked layers, which stay stock, and static caches, which hold room for
-    tokens to come) are built as for sdpa.
+    Causality and eviction are decided where the slots are, so no `[b, 1, q, n]` mask is built;
+    other kinds of mask (sliding or chunked layers, which stay stock, and static caches, which hold
+    room for tokens to come) are built as for sdpa.
     """
     WAITING.pop()  # a forward begins: what one that failed left behind does not count
     no_spare_room = kv_offset == 0 and kv_length == int(q_offset) + q_length
@@ -131,13 +135,15 @@ def _refuse_unsupported(
     name = type(module).__name__
     if mask is not None and mask.dim() != 2:
         raise ValueError(
-            f"{name}: kvhive reads the 2-D padding mask only, got a mask of shape {tuple(mask.shape)}; "
+            f"{name}: kvhive reads the 2-D padding mask only, got a mask of shape "
+            f"{tuple(mask.shape)}; "
             "packed sequences and custom masks need the stock cache"
         )
     for feature in ("softcap", "s_aux", "sliding_window", "position_bias"):
         if kwargs.get(feature) is not None:
             raise ValueError(
-                f"{name} uses {feature} in a full-attention layer, which kvhive does not implement; use "
+                f"{name} uses {feature} in a full-attention layer, which kvhive does not "
+                "implement; use "
                 "the stock cache with this model"
             )
     causal = kwargs.get("is_causal")
@@ -147,7 +153,8 @@ def _refuse_unsupported(
         )
     if dropout:
         raise ValueError(
-            f"{name} asks for attention dropout {dropout}, which a cache for generation does not do; call "
+            f"{name} asks for attention dropout {dropout}, which a cache for generation does not "
+            "do; call "
             "model.eval() first"
         )
 
@@ -166,10 +173,10 @@ _FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKey
 class ModelFacts:
     """What the cache must know of a model: its layers and their rotary embeddings.
 
-    layers: number of layers. full_layers: indices of the full-attention layers, which are compressed;
-    all others stay stock. rotations: how each of those layers turns its keys; a layer without rotary
-    positions is not in it. None when the model has none at all that we can turn, and then
-    `no_rotation` says why.
+    layers: number of layers. full_layers: indices of the full-attention layers, which are
+    compressed; all others stay stock. rotations: how each of those layers turns its keys; a layer
+    without rotary positions is not in it. None when the model has none at all that we can turn, and
+    then `no_rotation` says why.
     """
 
     family: str
@@ -189,7 +196,8 @@ class ModelFacts:
     def positions_for(
         self, rule: Literal["original", "cache"], asked: Literal["original", "cache"] | None
     ) -> Literal["original", "cache"]:
-        """The position rule to use: what was asked for, else the policy's where the model allows it.
+        """The position rule to use: what was asked for, else the policy's where the model allows
+        it.
 
         Raises `ValueError` when "cache" was asked for and the model cannot do it.
         """
@@ -204,8 +212,8 @@ class ModelFacts:
 def attach(model: PreTrainedModel) -> ModelFacts:
     """Switch the model's attention to kvhive and collect its facts.
 
-    Raises `TypeError` for anything but a transformers model, `ValueError` for a model whose attention
-    kvhive cannot serve, naming the reason; such a model is left as it was.
+    Raises `TypeError` for anything but a transformers model, `ValueError` for a model whose
+    attention kvhive cannot serve, naming the reason; such a model is left as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -220,7 +228,8 @@ def attach(model: PreTrainedModel) -> ModelFacts:
         model.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:
         raise ValueError(
-            f"{family} does not use transformers' attention interface, so its cache cannot be compressed"
+            f"{family} does not use transformers' attention interface, so its cache cannot be "
+            "compressed"
         )
     facts = _FACTS.get(model)
     if facts is None:
@@ -235,7 +244,8 @@ def attach(model: PreTrainedModel) -> ModelFacts:
 def _refuse_family(whole: PretrainedConfig, config: PretrainedConfig, family: str) -> None:
     if any(getattr(config, name, None) for name in _LATENT):
         raise ValueError(
-            f"{family} uses latent attention (its cache holds a compressed latent, not keys and values), "
+            f"{family} uses latent attention (its cache holds a compressed latent, not keys and "
+            "values), "
             "which kvhive does not support yet"
         )
     if getattr(config, "attn_logit_softcapping", None):
@@ -255,7 +265,8 @@ def _collect(model: PreTrainedModel, config: PretrainedConfig, family: str) -> M
     full = tuple(i for i, layer in enumerate(stock) if type(layer) is DynamicLayer)
     if not full:
         raise ValueError(
-            f"{family} has no full-attention layer: all are sliding, linear or shared, and stay small by "
+            f"{family} has no full-attention layer: all are sliding, linear or shared, and stay "
+            "small by "
             "themselves; there is nothing to compress"
         )
     rotations, reason = find_rotations(model, config, full)

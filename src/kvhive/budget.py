@@ -12,9 +12,9 @@ class Budget:
     """A token count, or a share of the tokens seen.
 
     A share is taken of the tokens seen when a step brings more than one token (a prompt, a chunk, a
-    turn) and stays put while single tokens are decoded, so that decoding costs the same per token for
-    ever; in a stream that was fed single tokens from the start it follows the tokens seen. It never
-    goes below 65 tokens. A count is taken as it is.
+    turn) and stays put while single tokens are decoded, so that decoding costs the same per token
+    for ever; in a stream that was fed single tokens from the start it follows the tokens seen. It
+    never goes below 65 tokens. A count is taken as it is.
     """
 
     tokens: int | None = None

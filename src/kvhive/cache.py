@@ -55,10 +55,11 @@ class HiveCache(Cache):
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, recipe: Recipe | str) -> HiveCache:
-        """An empty cache for `model`, whose attention is switched to kvhive's (other caches still work).
+        """An empty cache for `model`, whose attention is switched to kvhive's (other caches still
+        work).
 
-        recipe: a `Recipe` or its string, e.g. "buzz@0.4". Raises `ValueError` for a recipe that cannot
-        work and for a model that kvhive does not support, naming what is missing.
+        recipe: a `Recipe` or its string, e.g. "buzz@0.4". Raises `ValueError` for a recipe that
+        cannot work and for a model that kvhive does not support, naming what is missing.
         """
         return cls(Recipe.parse(recipe), attach(model))
 
@@ -71,7 +72,8 @@ class HiveCache(Cache):
         """
         if layer_idx >= len(self.layers):
             raise ValueError(
-                f"this cache has {len(self.layers)} layers but was given layer {layer_idx}; a cache "
+                f"this cache has {len(self.layers)} layers but was given layer {layer_idx}; a "
+                "cache "
                 "belongs to one model: make a new one"
             )
         held: tuple[Tensor, Tensor] = super().update(
@@ -115,7 +117,9 @@ class HiveCache(Cache):
         return sum(t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor))
 
     def positions_kept(self) -> list[Tensor]:
-        """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, -1 for empty slots."""
+        """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, -1 for empty
+        slots.
+        """
         return [layer.slots.position.cpu() for layer in self.hive_layers()]
 
     def freeze(self) -> Frozen:
@@ -138,7 +142,9 @@ class HiveCache(Cache):
         return copy.deepcopy(self)
 
     def make_room(self, tokens: int) -> None:
-        """Evict now, so that a turn of `tokens` tokens fits the budget without evicting inside the turn."""
+        """Evict now, so that a turn of `tokens` tokens fits the budget without evicting inside the
+        turn.
+        """
         if tokens < 0:
             raise ValueError(f"make_room: tokens must be at least 0, got {tokens}")
         for layer in self.hive_layers():

@@ -47,8 +47,8 @@ class HiveLayer(LayerContract):
     spread: (budget per head, KV heads) -> int64 `[kv_heads]`, this layer's part of the allocation.
     rotation: given when positions are counted inside the cache. slack: see `Recipe`.
     written: how the model turned the keys it wrote, where that is known.
-    earlier: with a policy of scope "model", the compressed layers before this one, for which it evicts
-    once it has attended; waits: whether a later layer does so for this one.
+    earlier: with a policy of scope "model", the compressed layers before this one, for which it
+    evicts once it has attended; waits: whether a later layer does so for this one.
     """
 
     _row_seen: Tensor | None  # int64 [b], real tokens of each row, once any row was padded
@@ -91,9 +91,9 @@ class HiveLayer(LayerContract):
     ) -> tuple[Tensor, Tensor]:
         """Append keys `[b, K, q, d]` and values `[b, K, q, e]`; return all that is held.
 
-        The key tensor returned is a fresh view that carries this layer, so that the attention function
-        finds it. Raises `ValueError` if the cache was made for another model or batch, or if the last
-        tokens appended were never attended.
+        The key tensor returned is a fresh view that carries this layer, so that the attention
+        function finds it. Raises `ValueError` if the cache was made for another model or batch, or
+        if the last tokens appended were never attended.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -101,8 +101,10 @@ class HiveLayer(LayerContract):
             self._check_same_shape(key_states)
         if self.store.length != self.slots.length:
             raise ValueError(
-                "attention did not read the last tokens of this cache: either its model uses another "
-                "attention than 'kvhive' (HiveCache.for_model sets it) or the last step failed halfway "
+                "attention did not read the last tokens of this cache: either its model uses "
+                "another "
+                "attention than 'kvhive' (HiveCache.for_model sets it) or the last step failed "
+                "halfway "
                 "(make a new cache, or call reset())"
             )
         fresh = key_states.shape[2]
@@ -116,7 +118,8 @@ class HiveLayer(LayerContract):
 
     @torch.no_grad()
     def attend(self, query: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
-        """Attention of the tokens just appended, `[b, H, q, d]` -> `[b, H, q, e]`, and then the eviction.
+        """Attention of the tokens just appended, `[b, H, q, d]` -> `[b, H, q, e]`, and then the
+        eviction.
 
         real: bool `[b, q]`, False for padding among the new tokens; None when there is none.
         """
@@ -157,8 +160,9 @@ class HiveLayer(LayerContract):
     def replay(self, key_states: Tensor, value_states: Tensor, seen: Observed) -> None:
         """A step without padding whose attention was computed elsewhere: append, observe, evict.
 
-        Shapes as in `update`. seen: what `attend` would have reported for this policy's `needs`, keys and
-        values included where it wants them. Several layers can so learn from one pass of the model.
+        Shapes as in `update`. seen: what `attend` would have reported for this policy's `needs`,
+        keys and values included where it wants them. Several layers can so learn from one pass of
+        the model.
         """
         self.update(key_states, value_states)
         WAITING.pop()
@@ -308,7 +312,9 @@ class HiveLayer(LayerContract):
             self._evict_to(self._limits(tokens), slack=False)
 
     def _room(self, fresh: int) -> int:
-        """Slots to allocate for: a prompt exactly, a decoded token with headroom, within the budget."""
+        """Slots to allocate for: a prompt exactly, a decoded token with headroom, within the
+        budget.
+        """
         needed = self.store.length + fresh
         if needed <= self.store.capacity:
             return self.store.capacity
@@ -338,7 +344,8 @@ class HiveLayer(LayerContract):
         self.record_past = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens, then count votes and evict what was postponed.
+        """Take back the newest `-tokens_to_remove` tokens, then count votes and evict what was
+        postponed.
 
         Raises `ValueError` for a positive argument, and for a crop behind an eviction.
         """
@@ -351,12 +358,14 @@ class HiveLayer(LayerContract):
             return
         if remove > self._appended:
             raise ValueError(
-                f"crop: asked to take back {remove} tokens, but only {self._appended} were added since "
+                f"crop: asked to take back {remove} tokens, but only {self._appended} were added "
+                "since "
                 "the last eviction and what was evicted before cannot be brought back"
             )
         if remove and not self.record_past and self.policy.needs.votes:
             raise ValueError(
-                "crop: these tokens have voted already; call activate_past_recording() before the steps "
+                "crop: these tokens have voted already; call activate_past_recording() before the "
+                "steps "
                 "that may be taken back"
             )
         self._truncate(remove)
@@ -429,6 +438,7 @@ class HiveLayer(LayerContract):
         if got != expected:
             names = "(batch, KV heads, key width, dtype)"
             raise ValueError(
-                f"this cache holds {names} = {expected} but was given {got}; a cache belongs to one model "
+                f"this cache holds {names} = {expected} but was given {got}; a cache belongs to "
+                "one model "
                 "and one batch: make a new one, or call reset()"
             )

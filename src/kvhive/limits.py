@@ -63,7 +63,9 @@ class Limits:
         return limits.expand(batch, heads)
 
     def with_slack(self, limits: Tensor) -> Tensor:
-        """What to cut down to: each row frees by its own least limit, so that it does as it does alone."""
+        """What to cut down to: each row frees by its own least limit, so that it does as it does
+        alone.
+        """
         least = limits.amin(-1, keepdim=True)
         if self.slack is None:
             free = [[self.policy.slack(limit)] for limit in least.flatten().tolist()]

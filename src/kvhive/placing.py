@@ -15,8 +15,8 @@ from kvhive.slots import Slots
 def count_moved(slots: Slots, seen: Tensor) -> int:
     """How many leading slots are not adjacent, in position, to all that follow them.
 
-    seen: int64 `[b]`, real tokens of each row. The token to come follows them too, so everything has
-    moved once the newest token is evicted.
+    seen: int64 `[b]`, real tokens of each row. The token to come follows them too, so everything
+    has moved once the newest token is evicted.
     """
     position = slots.position
     newest = seen.to(position.device)[:, None, None] - 1

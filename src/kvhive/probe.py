@@ -70,7 +70,9 @@ def _embeddings(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def _write_keys(
     model: PreTrainedModel, config: PretrainedConfig
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """For each layer that holds keys: those of one token at `_NEAR` and at `_FAR`, `[K, 1, d]` each."""
+    """For each layer that holds keys: those of one token at `_NEAR` and at `_FAR`, `[K, 1, d]`
+    each.
+    """
     token = torch.full((2, 1), config.vocab_size // 2, device=model.device)
     position = torch.tensor([[_NEAR], [_FAR]], device=model.device)
     cache = DynamicCache(config=config)

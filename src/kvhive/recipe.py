@@ -27,8 +27,9 @@ class Recipe:
 
     policy: which. budget: how many a KV head may hold (`None` for methods that size themselves).
     allocation: how the budget is spread over layers and heads. store: how survivors lie in memory.
-    positions: "original" (keys keep the rotary position they were written with) or "cache" (positions
-    are counted inside the cache, so that none ever exceeds the budget); default: the policy's own rule.
+    positions: "original" (keys keep the rotary position they were written with) or "cache"
+    (positions are counted inside the cache, so that none ever exceeds the budget); default: the
+    policy's own rule.
     slack: tokens to free beyond need when decoding goes over budget; default: the policy's own.
 
     Raises `ValueError` with one sentence for any combination that cannot work.
@@ -53,11 +54,13 @@ class Recipe:
         implied = self.policy.implied_budget
         if implied is not None and tokens != implied:
             raise ValueError(
-                f"{name}: its knobs add up to a budget of {implied}, but @{self.budget} was asked for"
+                f"{name}: its knobs add up to a budget of {implied}, but @{self.budget} was asked "
+                "for"
             )
         if tokens is not None and tokens < self.policy.least_budget:
             raise ValueError(
-                f"{name}: a budget of {tokens} is below {self.policy.least_budget}, the least its sinks, "
+                f"{name}: a budget of {tokens} is below {self.policy.least_budget}, the least its "
+                "sinks, "
                 "window and one more token need; raise the budget or lower those knobs"
             )
         if self.positions not in (None, "original", "cache"):
@@ -66,17 +69,19 @@ class Recipe:
             raise ValueError(f"slack must be at least 0, got {self.slack}")
         if self.slack and tokens is not None and self.slack > tokens - self.policy.least_budget:
             raise ValueError(
-                f"slack {self.slack} leaves {name} fewer than its least of {self.policy.least_budget} "
+                f"slack {self.slack} leaves {name} fewer than its least of "
+                f"{self.policy.least_budget} "
                 f"tokens at a budget of {tokens}"
             )
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
-        """From its string form, `policy(knob=value, ...)@budget/allocation+store`; only the policy must be.
+        """From its string form, `policy(knob=value, ...)@budget/allocation+store`; only the policy
+        must be.
 
         `positions=` and `slack=` are written among the policy's knobs:
-        `buzz(stride=5, positions=original)@0.4`. Raises `ValueError` naming what is wrong, `TypeError`
-        for anything but a string or a recipe.
+        `buzz(stride=5, positions=original)@0.4`. Raises `ValueError` naming what is wrong,
+        `TypeError` for anything but a string or a recipe.
         """
         if isinstance(text, Recipe):
             return text
@@ -98,7 +103,8 @@ class Recipe:
             store = _build(STORES, *part)
         if rest:
             raise ValueError(
-                f"recipe {text!r}: cannot read {rest!r}; the form is policy(knob=value)@budget/allocation+store"
+                f"recipe {text!r}: cannot read {rest!r}; the form is "
+                "policy(knob=value)@budget/allocation+store"
             )
         name, knobs = policy_part
         shared = {knob: knobs.pop(knob) for knob in _SHARED_KNOBS if knob in knobs}

@@ -29,7 +29,9 @@ class Recording:
         if all(real is None for _, _, real in steps):
             return query, steps[0][1], None
         parts = [
-            query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if real is None else real
+            query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
+            if real is None
+            else real
             for query, _, real in steps
         ]
         return query, steps[0][1], torch.cat(parts, dim=1)[:, :fresh]

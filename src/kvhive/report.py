@@ -13,10 +13,11 @@ MIB = 2**20
 class Report:
     """The truth about a cache at one moment.
 
-    seen: int64 `[rows]`, real tokens each row has read. kept: int64 `[layers, rows, kv_heads]`, tokens
-    held by every head of the compressed layers (`layers` lists their indices). nbytes: bytes of every
-    tensor held, metadata and spare room included, stock layers too. full_nbytes: bytes of keys and
-    values that the full cache would hold for the same tokens (padding included, as it does).
+    seen: int64 `[rows]`, real tokens each row has read. kept: int64 `[layers, rows, kv_heads]`,
+    tokens held by every head of the compressed layers (`layers` lists their indices). nbytes: bytes
+    of every tensor held, metadata and spare room included, stock layers too. full_nbytes: bytes of
+    keys and values that the full cache would hold for the same tokens (padding included, as it
+    does).
     """
 
     recipe: str

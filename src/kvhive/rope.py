@@ -19,10 +19,11 @@ FINE = 8192  # turns below this come from one table, larger ones from the produc
 
 @dataclass
 class Rotation:
-    """A model's rotary embedding: radians a position for each pair of channels, and the pair layout.
+    """A model's rotary embedding: radians a position for each pair of channels, and the pair
+    layout.
 
-    frequencies: float64 `[r / 2]`, for the first r of the d key channels. layout: "halves" pairs channel
-    i with i + r/2 (Llama and most), "pairs" pairs 2i with 2i + 1 (GPT-J, Cohere, GLM).
+    frequencies: float64 `[r / 2]`, for the first r of the d key channels. layout: "halves" pairs
+    channel i with i + r/2 (Llama and most), "pairs" pairs 2i with 2i + 1 (GPT-J, Cohere, GLM).
     """
 
     frequencies: Tensor
@@ -76,7 +77,8 @@ class Rotation:
         return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
 
     def ahead(self, start: Tensor, span: int, most: int) -> tuple[Tensor, Tensor]:
-        """Mean cosine and sine, as `cos_sin`, over the turns by start .. start + span - 1 positions.
+        """Mean cosine and sine, as `cos_sin`, over the turns by start .. start + span - 1
+        positions.
 
         Turning by them (`turn`) gives the mean of a vector turned by each. start: int `[...]`,
         0..most.

@@ -54,8 +54,8 @@ class Slots:
 
     columns: per-slot tensors `[b, K, n, *shape]`; counters: one number per head, `[b, K]`; state:
     what a policy knows of a row as a whole, tensors `[b, ...]` that it puts there itself.
-    Positions count the real tokens of a row, padding excluded, from 0; they are held in 2 bytes until
-    a row has seen 32,767 tokens, then in 4.
+    Positions count the real tokens of a row, padding excluded, from 0; they are held in 2 bytes
+    until a row has seen 32,767 tokens, then in 4.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class Slots:
         return self._position[:, :, : self.length].to(torch.int32)
 
     def newest(self, number: int) -> Tensor:
-        """int64 `[b, number]`: positions of the last slots of the first head; what a step brought last is
+        """int64 `[b, number]`: positions of the last slots of the first head; what a step brought
+        last is
         the same in all heads."""
         return self._position[:, 0, self.length - number : self.length].long()
 
@@ -108,7 +109,9 @@ class Slots:
 
     @property
     def rank(self) -> Tensor:
-        """int64 `[b, K, n]`: a token's place among the tokens its head holds, oldest 0; empty slots < 0."""
+        """int64 `[b, K, n]`: a token's place among the tokens its head holds, oldest 0; empty slots
+        < 0.
+        """
         if self.holes:
             return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
         place = torch.arange(self.length, device=self._position.device)
@@ -185,7 +188,8 @@ class Slots:
 
 
 def packed_index(keep: Tensor) -> tuple[Tensor, bool]:
-    """Turn a keep mask bool `[b, K, n]` into slot indices int64 `[b, K, k]`, ascending, right-aligned.
+    """Turn a keep mask bool `[b, K, n]` into slot indices int64 `[b, K, k]`, ascending,
+    right-aligned.
 
     k is the largest number kept by any head; heads that keep fewer begin with -1. The second value
     says whether there are any such gaps.

@@ -20,7 +20,9 @@ GUARDED = [recipe for recipe in map(guarding, SELECTIVE) if recipe is not None]
 
 
 def live(feeder: Feeder) -> Iterator[tuple[int, int, int]]:
-    """A prompt, decoding, a second prompt in chunks, decoding: (tokens, decoded, seen at the prompt)."""
+    """A prompt, decoding, a second prompt in chunks, decoding: (tokens, decoded, seen at the
+    prompt).
+    """
     feeder.step(PROMPT)
     yield PROMPT, 0, PROMPT
     for decoded in range(1, DECODED + 1):

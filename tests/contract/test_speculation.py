@@ -101,7 +101,9 @@ def test_a_crop_behind_an_eviction_is_refused(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", WHOLE)
 def test_votes_cannot_be_taken_back(recipe: str) -> None:
-    """Without recording, a crop is possible for policies that nobody votes in, and refused for others."""
+    """Without recording, a crop is possible for policies that nobody votes in, and refused for
+    others.
+    """
     feeder = Feeder(recipe)
     feeder.step(20)
     if Recipe.parse(recipe).policy.needs.votes:

@@ -184,7 +184,9 @@ def test_generations_are_as_many_as_spans_fit(seen: int, stride: int) -> None:
 
 @pytest.mark.parametrize("budget", [40, 64, 200, 1000])
 def test_cells_follow_from_the_budget(budget: int) -> None:
-    """All generations together fill three quarters of the room at most, unless that is less than one each."""
+    """All generations together fill three quarters of the room at most, unless that is less than
+    one each.
+    """
     rig = Rig(log_policy(variant="no_max"), budget)
     for fresh in [3 * budget] + [1] * 50 + [5 * budget] * 5:
         rig.step(fresh)

@@ -17,7 +17,9 @@ class Allocation:
     name: ClassVar[str]
 
     def spread(self, budget: int, layers: int, kv_heads: int, least: int) -> Tensor:
-        """int64 `[layers, kv_heads]` with sum exactly `budget * layers * kv_heads`, each >= `least`."""
+        """int64 `[layers, kv_heads]` with sum exactly `budget * layers * kv_heads`, each >=
+        `least`.
+        """
         raise TypeError(f"{type(self).__name__} does not spread a budget")
 
 

@@ -64,7 +64,7 @@ def evaluate(
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Feed prompts in blocks, every recipe evicting after each: peak memory is bounded. "
+            help="Feed prompts in blocks, every recipe evicting after each: memory is bounded. "
             "Default: in one step, shared by all recipes.",
         ),
     ] = None,

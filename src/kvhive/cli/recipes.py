@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kvhive.cli.console import out
+from kvhive.cli.words import needs_text
 
 if TYPE_CHECKING:
-    from kvhive.kernels import Needs
     from kvhive.policies import Policy
     from kvhive.registry import Registry
 
@@ -30,6 +30,9 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="One method, with its knobs.")
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The policies as a Markdown table.")
+    ] = False,
 ) -> None:
     """List all methods, or one with its knobs, defaults and source.
 
@@ -41,6 +44,11 @@ def recipes(
     from kvhive.policies import POLICIES
     from kvhive.stores import STORES
 
+    if markdown:
+        from kvhive.cli.methods_table import methods_table
+
+        typer.echo(methods_table(), nl=False)
+        return
     console = out()
     parts: list[tuple[str, Registry[Any]]] = [
         ("allocation", ALLOCATIONS),
@@ -57,18 +65,6 @@ def recipes(
     policy = POLICIES[name]
     console.print(Group(_heading(name, "policy"), _about(policy), _facts(policy)))
     console.print(_knob_table(policy))
-
-
-def needs_text(needs: Needs) -> str:
-    """What a policy asks of attention, in words."""
-    wants = []
-    if needs.columns is not None:
-        squares = {"sum": "column sums", "square": "column sums of squares"}
-        wants.append(squares[needs.columns])
-    if needs.last_rows:
-        wants.append(f"last {needs.last_rows} rows")
-    wants += [part for part in ("keys", "queries", "values") if getattr(needs, part)]
-    return ", ".join(wants) or "nothing"
 
 
 def _print_all(

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from kvhive.evaluation.lab import Lab, Loaded, Plan, Row
 from kvhive.evaluation.settings import Settings, Unit
@@ -31,6 +31,7 @@ class Failed:
     error: Exception
 
 
+@runtime_checkable
 class Worker(Protocol):
     """One worker. `None` as a unit asks for the plan."""
 
@@ -41,6 +42,7 @@ class Worker(Protocol):
         """End it."""
 
 
+@runtime_checkable
 class Crew(Protocol):
     """A kind of workers."""
 

@@ -1,4 +1,6 @@
-"""Attention that also reports what it saw. `attend` is the one entry; see `contracts` for the terms."""
+"""Attention that also reports what it saw. `attend` is the one entry; see `contracts` for the
+terms.
+"""
 
 from kvhive.kernels.chunked import attend, span
 from kvhive.kernels.contracts import NOTHING, Needs, Observed

@@ -1,9 +1,9 @@
 """Attention that also reports, in plain torch: one pass over chunks of queries, no n x n matrix.
 
-A chunk of queries meets all the keys it may see at once: scores, softmax, column sums, times values.
-Every row is complete within its chunk, so nothing is computed twice and no log-sum-exp is needed;
-scratch memory is heads x CHUNK x n numbers. KV heads are never repeated: the queries that share a
-KV head are stacked and meet it in one matrix product.
+A chunk of queries meets all the keys it may see at once: scores, softmax, column sums, times
+values. Every row is complete within its chunk, so nothing is computed twice and no log-sum-exp is
+needed; scratch memory is heads x CHUNK x n numbers. KV heads are never repeated: the queries that
+share a KV head are stacked and meet it in one matrix product.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def attend(
 ) -> tuple[Tensor, Observed]:
     """Same contract as `reference.attend`, in the dtype of the tensors (softmax in float32).
 
-    used: how many of the slots of `keys` and `values` are in use; the rest is room that may be read but
-    is not seen (see `span`). None: all of them.
+    used: how many of the slots of `keys` and `values` are in use; the rest is room that may be read
+    but is not seen (see `span`). None: all of them.
     """
     q, n = query.shape[2], used or keys.shape[2]
     if q == 1:
@@ -58,9 +58,9 @@ def attend(
 def span(used: int, capacity: int) -> int:
     """How many of `capacity` slots to read when `used` are in use: `used`, rounded up a little.
 
-    The CPU library that multiplies bf16 matrices compiles a kernel of its own for every size it meets
-    and keeps it (0.6 MB each, up to 1,024 of them). Eight sizes to an octave bound that memory, which
-    would otherwise grow with every token decoded.
+    The CPU library that multiplies bf16 matrices compiles a kernel of its own for every size it
+    meets and keeps it (0.6 MB each, up to 1,024 of them). Eight sizes to an octave bound that
+    memory, which would otherwise grow with every token decoded.
     """
     step = max(64, 1 << max(used.bit_length() - 4, 0))
     return min(-(-used // step) * step, capacity)
@@ -165,8 +165,8 @@ def _tail_rows(query: Tensor, keys: Tensor, scale: float, needs: Needs, n: int) 
 class _Scratch:
     """Room for one chunk's logits and probabilities, reused by every chunk.
 
-    Fresh tensors that grow by a few columns from chunk to chunk fit no hole their predecessors left,
-    and would leave the heap many times as large as any of them.
+    Fresh tensors that grow by a few columns from chunk to chunk fit no hole their predecessors
+    left, and would leave the heap many times as large as any of them.
     """
 
     def __init__(self, query: Tensor, keys: Tensor, rows: int) -> None:
@@ -204,10 +204,11 @@ def _chunk_weights(
     stop: int,
     scratch: _Scratch,
 ) -> Tensor:
-    """Probabilities of queries start..stop-1 over the first slots, float32 `[b, K, group, rows, slots]`.
+    """Probabilities of queries start..stop-1 over the first slots, float32 `[b, K, group, rows,
+    slots]`.
 
-    rows and slots are rounded up: what lies behind the stop - start queries is of no meaning, and no
-    query sees anything behind the slots it may see.
+    rows and slots are rounded up: what lies behind the stop - start queries is of no meaning, and
+    no query sees anything behind the slots it may see.
     """
     batch, heads, q, width = query.shape
     kv_heads, rows = keys.shape[1], _even(stop - start)

@@ -15,12 +15,14 @@ from kvhive.rope import Rotation
 
 @dataclass(frozen=True)
 class Needs:
-    """What a policy must be told about the attention of each step. The kernel computes this and no more.
+    """What a policy must be told about the attention of each step. The kernel computes this and no
+    more.
 
     columns: `"sum"` for the attention every slot received in this step, `"square"` for the sum of
         its squares, `None` for neither.
     fold: whether columns are summed over the query heads that share a KV head; else per query head.
-    decay: weight of the step's queries in the columns: the last counts 1, each one before it `decay`
+    decay: weight of the step's queries in the columns: the last counts 1, each one before it
+    `decay`
         times the next.
     last_rows: how many of the step's last queries report their whole row of probabilities.
     keys: whether the keys held are wanted (methods that score keys instead of attention).
@@ -58,7 +60,8 @@ class Observed:
     Only what was asked for is present. Rows of padded queries are zero and count nowhere.
 
     columns: float32 `[b, K, n]`, summed over the step's queries and over the query heads that
-        share the KV head (query head h belongs to KV head `h // (H // K)`); `[b, H, n]` without fold.
+        share the KV head (query head h belongs to KV head `h // (H // K)`); `[b, H, n]` without
+        fold.
     rows: float32 `[b, H, r, n]`, probabilities of the last `r = min(last_rows, q)` queries.
     keys, values: `[b, K, n, d]` as held. queries: `[b, H, q, d]`.
     fresh: `q`, how many of the slots this step brought.

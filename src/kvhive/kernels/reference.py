@@ -1,4 +1,6 @@
-"""The slow, obvious kernel: float64, the whole matrix at once. Every fast kernel is tested against it."""
+"""The slow, obvious kernel: float64, the whole matrix at once. Every fast kernel is tested against
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ def attend(
 ) -> tuple[Tensor, Observed]:
     """Attention of the step's q queries over n slots, in float64.
 
-    query `[b, H, q, d]`; keys `[b, K, n, d]`; values `[b, K, n, e]`; the q new tokens are the last q
-    slots and see each other causally. valid: bool `[b, K, n]`, False for empty slots (None: all hold a
-    token). real: bool `[b, q]`, False for padded queries (None: none are). A query that sees no slot
-    gets zeros. Returns the output `[b, H, q, e]` in the query's dtype and what `needs` asks for.
+    query `[b, H, q, d]`; keys `[b, K, n, d]`; values `[b, K, n, e]`; the q new tokens are the last
+    q slots and see each other causally. valid: bool `[b, K, n]`, False for empty slots (None: all
+    hold a token). real: bool `[b, q]`, False for padded queries (None: none are). A query that sees
+    no slot gets zeros. Returns the output `[b, H, q, e]` in the query's dtype and what `needs` asks
+    for.
     """
     batch, heads, q, _ = query.shape
     kv_heads, n = keys.shape[1], keys.shape[2]

@@ -48,12 +48,13 @@ class Knob:
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies. Fields are hyper-parameters, checked in `__post_init__` of the subclass.
+    """Base of all policies. Fields are hyper-parameters, checked in `__post_init__` of the
+    subclass.
 
     Class facts: `source` (paper), `positions` (the rotary rule of the method), `takes_budget`
-    (False: the method sizes itself), `cost` (one line: time and extra memory), `scope` ("model": the
-    survivors of all layers are chosen together by `select_all`, so a head may hold more than the budget
-    as long as the heads of the model do not on average).
+    (False: the method sizes itself), `cost` (one line: time and extra memory), `scope` ("model":
+    the survivors of all layers are chosen together by `select_all`, so a head may hold more than
+    the budget as long as the heads of the model do not on average).
     """
 
     name: ClassVar[str]
@@ -102,7 +103,8 @@ class Policy:
         return budget
 
     def slack(self, budget: int) -> int:
-        """Tokens to free beyond need when a decoding step goes over `budget`, so that the copying that
+        """Tokens to free beyond need when a decoding step goes over `budget`, so that the copying
+        that
         an eviction costs is spread over that many steps. 0: exactly as the references do."""
         return min(64, budget // 32)
 
@@ -112,7 +114,9 @@ class Policy:
         return False
 
     def acts(self, decoding: bool) -> bool:
-        """Whether the method evicts after such a step: methods for the prompt alone do not in decoding."""
+        """Whether the method evicts after such a step: methods for the prompt alone do not in
+        decoding.
+        """
         return True
 
     def for_layer(self, layer: int, layers: int) -> Policy:
@@ -120,7 +124,9 @@ class Policy:
         return self
 
     def observe(self, slots: Slots, seen: Observed) -> None:
-        """Fold a step's report into the slots' columns. Called once a step, after the slots were added."""
+        """Fold a step's report into the slots' columns. Called once a step, after the slots were
+        added.
+        """
 
     def weigh(self, slots: Slots, held: Observed) -> None:
         """Score what is held, right before `select`: for scores that change with the others held.
@@ -130,10 +136,11 @@ class Policy:
         """
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """Which slots stay: bool `[b, K, n]`, at most `budget` (int64 `[b, K]`) of each head's tokens.
+        """Which slots stay: bool `[b, K, n]`, at most `budget` (int64 `[b, K]`) of each head's
+        tokens.
 
-        Reads slots and may update counters; heads that are within their budget are left alone by the
-        cache whatever is said of them here.
+        Reads slots and may update counters; heads that are within their budget are left alone by
+        the cache whatever is said of them here.
         """
         raise TypeError(f"{type(self).__name__} does not say which slots survive")
 
@@ -146,17 +153,20 @@ class Policy:
     ) -> list[Tensor] | None:
         """With `scope = "model"`, in place of `select`: which slots of each layer stay.
 
-        slots, limits (int64 `[b, K]`): one for each layer, in order. slack: tokens a head, on average, to
-        free beyond need; None: the policy's own. Returns a bool `[b, K, n]` for each layer, or None when
-        no row holds more than the sum of its limits. Rows are judged independently.
+        slots, limits (int64 `[b, K]`): one for each layer, in order. slack: tokens a head, on
+        average, to free beyond need; None: the policy's own. Returns a bool `[b, K, n]` for each
+        layer, or None when no row holds more than the sum of its limits. Rows are judged
+        independently.
         """
         raise TypeError(f"{type(self).__name__} does not say which slots survive")
 
     def merge_into(self, slots: Slots, keep: Tensor) -> Tensor | None:
-        """Into which kept slot each dropped one is folded, before the eviction that `keep` describes.
+        """Into which kept slot each dropped one is folded, before the eviction that `keep`
+        describes.
 
-        int64 `[b, K, n]`, -1 where nothing is folded; None: nowhere at all. The store replaces the key and
-        the value of each target by the plain mean of its own and all that are folded into it.
+        int64 `[b, K, n]`, -1 where nothing is folded; None: nowhere at all. The store replaces the
+        key and the value of each target by the plain mean of its own and all that are folded into
+        it.
         """
         return None
 

@@ -19,9 +19,9 @@ from kvhive.slots import Column, Slots
 class H2O(Policy):
     """Keep the tokens that received the most attention so far, and the most recent ones.
 
-    score[j] is the attention key j received from every query since it arrived, summed over the query
-    heads of its group, never decayed. Over budget, the best `budget - recent` of the older tokens stay
-    beside the last `recent`. Ties go to the older token.
+    score[j] is the attention key j received from every query since it arrived, summed over the
+    query heads of its group, never decayed. Over budget, the best `budget - recent` of the older
+    tokens stay beside the last `recent`. Ties go to the older token.
     Source: Zhang et al. 2023, arXiv:2306.14048, algorithm 1; `H2OKVCache_LayerWise` of the authors'
     code (tokens are really dropped). State: float32 score per slot.
     """

@@ -15,9 +15,11 @@ from kvhive.slots import Slots
 @POLICIES.register("streaming_llm")
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Keep the first `sink` tokens and the last `budget - sink`, numbered by their place in the cache.
+    """Keep the first `sink` tokens and the last `budget - sink`, numbered by their place in the
+    cache.
 
-    The model puts much of its attention on the first tokens whatever they say; without them it breaks.
+    The model puts much of its attention on the first tokens whatever they say; without them it
+    breaks.
     Source: Xiao et al. 2023, arXiv:2309.17453, section 3. State: none.
     """
 

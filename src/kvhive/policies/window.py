@@ -15,7 +15,8 @@ from kvhive.slots import Slots
 @POLICIES.register("window")
 @dataclass(frozen=True)
 class Window(Policy):
-    """Keep the last `budget` tokens. The weakest baseline: it breaks as soon as the first token goes.
+    """Keep the last `budget` tokens. The weakest baseline: it breaks as soon as the first token
+    goes.
 
     Source: Xiao et al. 2023, arXiv:2309.17453, section 2 ("window attention"). State: none.
     """

@@ -34,7 +34,9 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
-        """The first `slots` keys and values, `length <= slots <= capacity`: what is behind is spare."""
+        """The first `slots` keys and values, `length <= slots <= capacity`: what is behind is
+        spare.
+        """
 
     @property
     @abstractmethod

@@ -15,8 +15,9 @@ from kvhive.stores.merging import fold
 class DenseStore(Store):
     """Keys `[b, K, capacity, d]` and values `[b, K, capacity, e]` in the model's dtype.
 
-    A prompt is taken over without a copy, decoding writes in place, and room grows by a fixed number of
-    slots, so that neither a step nor the memory held depends on more than the tokens kept.
+    A prompt is taken over without a copy, decoding writes in place, and room grows by a fixed
+    number of slots, so that neither a step nor the memory held depends on more than the tokens
+    kept.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,9 @@ class DenseStore(Store):
         return self._keys[:, :, :slots], self._values[:, :, :slots]
 
     def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Add q tokens, keys `[b, K, q, d]` and values `[b, K, q, e]`, with room for `capacity` slots."""
+        """Add q tokens, keys `[b, K, q, d]` and values `[b, K, q, e]`, with room for `capacity`
+        slots.
+        """
         first, last = self.length, self.length + keys.shape[2]
         if self._keys is None or self._values is None or self.length == 0:
             self._keys, self._values = _adopt(keys, capacity), _adopt(values, capacity)

@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from kvhive.evaluation.data import made_up
 from kvhive.evaluation.data.catalogue import DataSet, Record, find
@@ -21,6 +21,7 @@ _HELP = (
 )
 
 
+@runtime_checkable
 class Source(Protocol):
     """Records of a data set by name, and what identifies them."""
 

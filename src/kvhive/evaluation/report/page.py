@@ -16,9 +16,10 @@ from kvhive.html.page import COLOURS, GREY, page
 from kvhive.report import MIB
 
 _SKILL_NOTE = (
-    "Skill is (score - floor) / (full - floor): 100 % like the full cache, 0 % like a model that was "
-    "never shown the context; perplexities in nats. The mean is over the tasks whose full cache is at "
-    "least 4 standard errors above the floor. Click a heading to sort, a number to see its items."
+    "Skill is (score - floor) / (full - floor): 100 % like the full cache, 0 % like a model that "
+    "was never shown the context; perplexities in nats. The mean is over the tasks whose full "
+    "cache is at least 4 standard errors above the floor. Click a heading to sort, a number to "
+    "see its items."
 )
 _MEASURED = (
     "Intervals are 95 % of 2,000 bootstrap draws of items, paired with the full cache on the same "
@@ -82,10 +83,9 @@ def _leaderboard(run: Run) -> str:
     ]
     parts = [part for part in run.parts if run.headline(*part)]
     titles = ["recipe", "kept", "bytes", *(f"skill<br><small>{mode}</small>" for mode in modes)]
-    titles += [
-        f"{escape(task)}<br><small>{mode}, {escape(run.headline(task, mode)[0].measure.name)}</small>"
-        for task, mode in parts
-    ]
+    for task, mode in parts:
+        measure = run.headline(task, mode)[0].measure.name
+        titles.append(f"{escape(task)}<br><small>{mode}, {escape(measure)}</small>")
     head = "".join(
         f'<th scope="col" aria-sort="none"><button>{title}</button></th>' for title in titles
     )
@@ -125,7 +125,8 @@ def _score_cell(score: Score) -> str:
     key = escape(json.dumps([score.task, score.mode, score.recipe, score.measure.name]))
     value = score.score.value
     dim = "" if score.clear else ' class="dim"'
-    return f'<td data-v="{value:.6g}"{dim}><a href="#items" data-items="{key}">{value:.3g}</a>{ratio}</td>'
+    link = f'<a href="#items" data-items="{key}">{value:.3g}</a>'
+    return f'<td data-v="{value:.6g}"{dim}>{link}{ratio}</td>'
 
 
 def _part(run: Run, task: str, mode: str, colours: Mapping[str, str]) -> str:

@@ -25,7 +25,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Raises `FileNotFoundError` for what is no run, `ValueError` for one without any row yet."""
+        """Raises `FileNotFoundError` for what is no run, `ValueError` for one without rows."""
         recorded = read_run(folder)
         rows = read_rows(folder)
         if not rows:

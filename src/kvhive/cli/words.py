@@ -1,0 +1,20 @@
+"""Facts of a method in words, for tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvhive.kernels import Needs
+
+
+def needs_text(needs: Needs) -> str:
+    """What a policy asks of attention, in words."""
+    wants = []
+    if needs.columns is not None:
+        squares = {"sum": "column sums", "square": "column sums of squares"}
+        wants.append(squares[needs.columns])
+    if needs.last_rows:
+        wants.append(f"last {needs.last_rows} rows")
+    wants += [part for part in ("keys", "queries", "values") if getattr(needs, part)]
+    return ", ".join(wants) or "nothing"

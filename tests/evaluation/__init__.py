@@ -1,0 +1,1 @@
+"""Evaluation: tasks, protocol, runner, figures, reports."""

@@ -1,0 +1,61 @@
+"""A tiny model that reads bytes, and what tasks need to make items for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvhive.decoding import end_tokens
+from kvhive.evaluation.asking import Asked
+from kvhive.evaluation.data.source import Builtin
+from kvhive.evaluation.desk import Desk
+from kvhive.evaluation.framing import Frame
+from kvhive.evaluation.voices import Stage
+from kvhive.recipe import Recipe
+from tests.cli import tiny
+
+TRAINED_LENGTH = 6000
+
+
+def long_model() -> LlamaForCausalLM:
+    """`tiny.model`, said to have been trained on longer texts."""
+    model = tiny.model()
+    model.config.max_position_embeddings = TRAINED_LENGTH
+    return model
+
+
+@pytest.fixture(scope="session")
+def network() -> LlamaForCausalLM:
+    """The model, in float64, so that the order of sums does not show."""
+    return long_model().double()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for every byte."""
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model and tokenizer as a folder that can be loaded by name."""
+    place = tmp_path_factory.mktemp("model")
+    long_model().save_pretrained(place)
+    tiny.tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def desk(tokenizer: PreTrainedTokenizerFast) -> Desk:
+    """Made-up data, seed 0."""
+    return Desk(Builtin(), tokenizer, 0)
+
+
+@pytest.fixture
+def asked(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Asked:
+    """The full cache and two recipes, one of which evicts while decoding."""
+    recipes = tuple(map(Recipe.parse, ("full", "h2o@70", "streaming_llm@80")))
+    ends = end_tokens(network, tokenizer)
+    return Asked(Stage(network), Frame.of(tokenizer), ends, recipes)
