@@ -71,7 +71,7 @@ def log_probs(
 
 
 def compare(full: Tensor, other: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean KL(full || other) in nats, top-1 agreement, and the rise of the NLL of the true tokens."""
+    """Mean KL(full || other) in nats, top-1 agreement, and rise of the true tokens' NLL."""
     rise = (full - other).gather(-1, target[:, None])
     return {
         "kl": (full.exp() * (full - other)).sum(-1).mean().item(),

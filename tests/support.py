@@ -48,7 +48,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
 
 
 def tiny(family: str, attention: str = "eager", **settings: object) -> PreTrainedModel:
-    """A random model of any family transformers knows, from `settings` over the usual tiny sizes."""
+    """A random model of any family transformers knows: `settings` over the usual tiny sizes."""
     config = AutoConfig.for_model(family, **{**SIZES, **settings})
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -190,7 +190,7 @@ class Feeder:
         self.seen = [seen - tokens for seen in self.seen]
 
     def check(self) -> None:
-        """Whatever is held: is it in order, and as it was written unless the policy merges tokens?"""
+        """Is what is held in order, and as it was written unless the policy merges tokens?"""
         slots, store = self.layer.slots, self.layer.store
         position, valid = slots.position.long(), slots.valid
         assert store.length == slots.length

@@ -1,4 +1,4 @@
-"""Model families: exact with room for everything, whatever their attention and positions look like."""
+"""Model families: exact with room for everything, whatever their attention and positions are."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_rotary_layout_is_found(case: str) -> None:
 
 @pytest.mark.parametrize("case", [case for case, facts in FAMILIES.items() if facts[3]])
 def test_positions_in_the_cache_are_as_the_model_would_write_them(case: str) -> None:
-    """With 16 tokens gone, the sinks are read as if the model had written them 16 positions later."""
+    """With 16 tokens gone, sinks are read as if the model had written them 16 positions later."""
     model = build(case)
     layer = min(FAMILIES[case][3] or ())
     ids = random_ids(1, PROMPT)

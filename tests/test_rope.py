@@ -126,7 +126,7 @@ def test_keys_are_read_at_their_place_in_the_cache(recipe: str, layout: str) -> 
 
 
 def test_streaming_does_not_depend_on_where_it_is() -> None:
-    """StreamingLLM's point: the same recent tokens give the same output, however much came before."""
+    """StreamingLLM's point: equal recent tokens give equal output, however much came before."""
     outputs = []
     for before in (30, 7_000):
         source = torch.Generator().manual_seed(0)

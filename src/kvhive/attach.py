@@ -57,8 +57,7 @@ def attention_forward(
         if expected:
             raise ValueError(
                 f"{type(module).__name__} changes the keys between cache and attention, so kvhive "
-                "cannot "
-                "compress them; use the stock cache with this model"
+                "cannot compress them; use the stock cache with this model"
             )
         return _stock_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -136,15 +135,13 @@ def _refuse_unsupported(
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             f"{name}: kvhive reads the 2-D padding mask only, got a mask of shape "
-            f"{tuple(mask.shape)}; "
-            "packed sequences and custom masks need the stock cache"
+            f"{tuple(mask.shape)}; packed sequences and custom masks need the stock cache"
         )
     for feature in ("softcap", "s_aux", "sliding_window", "position_bias"):
         if kwargs.get(feature) is not None:
             raise ValueError(
                 f"{name} uses {feature} in a full-attention layer, which kvhive does not "
-                "implement; use "
-                "the stock cache with this model"
+                "implement; use the stock cache with this model"
             )
     causal = kwargs.get("is_causal")
     if causal is False or (causal is None and getattr(module, "is_causal", True) is False):
@@ -154,8 +151,7 @@ def _refuse_unsupported(
     if dropout:
         raise ValueError(
             f"{name} asks for attention dropout {dropout}, which a cache for generation does not "
-            "do; call "
-            "model.eval() first"
+            "do; call model.eval() first"
         )
 
 
@@ -245,8 +241,7 @@ def _refuse_family(whole: PretrainedConfig, config: PretrainedConfig, family: st
     if any(getattr(config, name, None) for name in _LATENT):
         raise ValueError(
             f"{family} uses latent attention (its cache holds a compressed latent, not keys and "
-            "values), "
-            "which kvhive does not support yet"
+            "values), which kvhive does not support yet"
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError(
@@ -266,8 +261,7 @@ def _collect(model: PreTrainedModel, config: PretrainedConfig, family: str) -> M
     if not full:
         raise ValueError(
             f"{family} has no full-attention layer: all are sliding, linear or shared, and stay "
-            "small by "
-            "themselves; there is nothing to compress"
+            "small by themselves; there is nothing to compress"
         )
     rotations, reason = find_rotations(model, config, full)
     length = getattr(config, "max_position_embeddings", None)

@@ -61,7 +61,7 @@ class Budget:
         return cls(share=number)
 
     def resolve(self, seen: int, least: int) -> int:
-        """Tokens a head may hold when `seen` have been read; `least` is the policy's own minimum."""
+        """Tokens a head may hold once `seen` were read; `least` is the policy's own minimum."""
         if self.tokens is not None:
             return self.tokens
         assert self.share is not None

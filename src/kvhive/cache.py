@@ -73,8 +73,7 @@ class HiveCache(Cache):
         if layer_idx >= len(self.layers):
             raise ValueError(
                 f"this cache has {len(self.layers)} layers but was given layer {layer_idx}; a "
-                "cache "
-                "belongs to one model: make a new one"
+                "cache belongs to one model: make a new one"
             )
         held: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs

@@ -79,7 +79,7 @@ class HiveLayer(LayerContract):
     # ---- the step -------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take batch, heads, widths, dtype and device from the first tensors, never from a config."""
+        """Take batch, heads, dtype and device from the first tensors, never from a config."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
         policy = self.policy
@@ -102,10 +102,8 @@ class HiveLayer(LayerContract):
         if self.store.length != self.slots.length:
             raise ValueError(
                 "attention did not read the last tokens of this cache: either its model uses "
-                "another "
-                "attention than 'kvhive' (HiveCache.for_model sets it) or the last step failed "
-                "halfway "
-                "(make a new cache, or call reset())"
+                "another attention than 'kvhive' (HiveCache.for_model sets it) or the last step failed "
+                "halfway (make a new cache, or call reset())"
             )
         fresh = key_states.shape[2]
         self.store.append(key_states.detach(), value_states.detach(), self._room(fresh))
@@ -141,7 +139,7 @@ class HiveLayer(LayerContract):
         return out if order is None else by_row(out, order.argsort(1))
 
     def _reorder_newest(self, order: Tensor) -> None:
-        """Put the tokens just appended, not yet in the slots, into another order, int64 `[b, q]`."""
+        """Put the tokens just appended, not yet in the slots, in the order of int64 `[b, q]`."""
         held = torch.arange(self.slots.length, device=self.device).expand(order.shape[0], -1)
         index = torch.cat([held, order + self.slots.length], 1)
         index = index[:, None].expand(-1, self.store.keys.shape[1], -1)
@@ -278,7 +276,7 @@ class HiveLayer(LayerContract):
         self._compact(torch.where(over[..., None], self.policy.select(slots, target), slots.valid))
 
     def _compact(self, keep: Tensor) -> None:
-        """Drop all but `keep` (bool `[b, K, n]`), folded into what stays where the policy says so."""
+        """Drop all but `keep` (bool `[b, K, n]`), folded into what stays if the policy merges."""
         slots = self.slots
         into = self.policy.merge_into(slots, keep) if self.policy.merges else None
         if into is not None:
@@ -343,30 +341,26 @@ class HiveLayer(LayerContract):
         self.crop(0)
         self.record_past = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens, then count votes and evict what was
-        postponed.
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Take back the newest `-tokens_to_remove` tokens; then count votes and evict as postponed.
 
-        Raises `ValueError` for a positive argument, and for a crop behind an eviction.
+        Older releases of transformers pass a tensor. Raises `ValueError` for a positive argument and
+        for a crop behind an eviction.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"
-            )
-        remove = -tokens_to_remove
+        remove = -int(tokens_to_remove)
+        if remove < 0:
+            raise ValueError(f"crop: expected minus the number of tokens to remove, got {-remove}")
         if not self.is_initialized or (remove == 0 and not self._recorded):
             return
         if remove > self._appended:
             raise ValueError(
                 f"crop: asked to take back {remove} tokens, but only {self._appended} were added "
-                "since "
-                "the last eviction and what was evicted before cannot be brought back"
+                "since the last eviction and what was evicted before cannot be brought back"
             )
         if remove and not self.record_past and self.policy.needs.votes:
             raise ValueError(
                 "crop: these tokens have voted already; call activate_past_recording() before the "
-                "steps "
-                "that may be taken back"
+                "steps that may be taken back"
             )
         self._truncate(remove)
         self._commit(remove)
@@ -439,6 +433,5 @@ class HiveLayer(LayerContract):
             names = "(batch, KV heads, key width, dtype)"
             raise ValueError(
                 f"this cache holds {names} = {expected} but was given {got}; a cache belongs to "
-                "one model "
-                "and one batch: make a new one, or call reset()"
+                "one model and one batch: make a new one, or call reset()"
             )

@@ -34,7 +34,7 @@ class Limits:
         self.least = self.most = 0
 
     def set(self, seen: list[int], heads: int, device: torch.device) -> None:
-        """Work the limits out for rows that have seen so many tokens (one entry: all rows alike)."""
+        """Work the limits out for rows that have seen so many tokens (one entry: all alike)."""
         limits = [self._limit(tokens, heads) for tokens in seen]
         known = [limit for limit in limits if limit is not None]
         if len(known) < len(limits):

@@ -60,8 +60,7 @@ class Recipe:
         if tokens is not None and tokens < self.policy.least_budget:
             raise ValueError(
                 f"{name}: a budget of {tokens} is below {self.policy.least_budget}, the least its "
-                "sinks, "
-                "window and one more token need; raise the budget or lower those knobs"
+                "sinks, window and one more token need; raise the budget or lower those knobs"
             )
         if self.positions not in (None, "original", "cache"):
             raise ValueError(f"positions must be 'original' or 'cache', got {self.positions!r}")

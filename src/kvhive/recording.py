@@ -1,4 +1,4 @@
-"""Steps that may be taken back: the queries of speculative decoding, until it is known which count."""
+"""Steps that may be taken back: queries of speculative decoding, until it is known which count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Recording:
         self._steps.append((query, scale, real))
 
     def take(self, removed: int) -> tuple[Tensor, float, Tensor | None] | None:
-        """All steps as one without the last `removed` queries; the recording is empty afterwards."""
+        """All steps as one without the last `removed` queries; nothing is recorded afterwards."""
         steps, self._steps = self._steps, []
         fresh = sum(query.shape[2] for query, _, _ in steps) - removed
         if fresh <= 0:

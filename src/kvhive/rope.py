@@ -40,7 +40,7 @@ class Rotation:
         return self  # tables are shared: they only ever grow
 
     def rotate(self, keys: Tensor, shift: Tensor, most: int) -> Tensor:
-        """Keys `[b, K, n, d]` turned by `shift` (int `[b, K, n]`, 0..most) positions; same dtype."""
+        """Keys `[b, K, n, d]` turned by `shift` (int `[b, K, n]`, 0..most); same dtype."""
         return self.turn(keys, *self.cos_sin(shift, most))
 
     def turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class Slots:
         return self._columns[column][:, :, : self.length]
 
     def reshape(self, column: str, shape: tuple[int, ...]) -> None:
-        """Give a column another trailing shape, all zeros: for what only the first step can tell."""
+        """Give a column another trailing shape, all zeros, known from the first step only."""
         held = self._columns[column]
         if held.shape[3:] != shape:
             self._columns[column] = held.new_zeros(*held.shape[:3], *shape)

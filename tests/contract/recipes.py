@@ -1,4 +1,4 @@
-"""Recipes that stand for every policy in the registry: a new policy is covered without a line here."""
+"""Recipes that stand for every policy in the registry; a new one is covered without a line here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SELECTIVE = [recipe for recipe in SMALL if "@" in recipe]
 
 
 def with_slack(recipe: str, slack: int) -> Recipe:
-    """The recipe with so many tokens freed beyond need; 0 evicts at every step, as references do."""
+    """The recipe with so many tokens freed beyond need; 0 evicts at every step."""
     return replace(Recipe.parse(recipe), slack=slack)
 
 

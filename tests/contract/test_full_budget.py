@@ -1,4 +1,4 @@
-"""With room for everything, every policy gives what the full cache gives, in every way of decoding."""
+"""With room for everything, every policy gives what the full cache gives, however one decodes."""
 
 from __future__ import annotations
 

@@ -50,13 +50,13 @@ def test_a_frozen_cache_loses_nothing(model: PreTrainedModel, recipe: str) -> No
 
 @pytest.mark.parametrize("recipe", [*SMALL, *SHARES])
 def test_a_fork_goes_its_own_way(model: PreTrainedModel, recipe: str) -> None:
-    ids = random_ids(1, PROMPT + 30)
+    ids = random_ids(1, PROMPT + 16)
     cache = HiveCache.for_model(model, recipe)
     read(model, cache, ids[:, :PROMPT], PROMPT)
     untouched, fork = cache.fork(), cache.fork()
-    read(model, fork, random_ids(1, 60, seed=5), 20)
+    read(model, fork, random_ids(1, 40, seed=5), 30)
     assert kept_sets(cache) == kept_sets(untouched)
-    assert fork.get_seq_length() == PROMPT + 60
+    assert fork.get_seq_length() == PROMPT + 40
     ours = read(model, cache, ids[:, PROMPT:], 1)
     theirs = read(model, untouched, ids[:, PROMPT:], 1)
     assert torch.equal(ours, theirs)

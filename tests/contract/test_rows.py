@@ -1,4 +1,4 @@
-"""Rows of a batch: each goes its own way, whatever its neighbours are and however rows are moved."""
+"""Rows of a batch: each goes its own way, whatever its neighbours are and wherever it is moved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROTATION = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03]))
 
 
 def without_neighbours(recipe: str | Recipe) -> Recipe:
-    """Scores not pooled over neighbouring slots, of which padding in a turn is one for that turn."""
+    """Scores not pooled over neighbouring slots: in its turn, padding is such a neighbour."""
     parsed = Recipe.parse(recipe)
     knobs = {f.name: 1 for f in fields(parsed.policy) if f.name in ("pool", "kernel")}
     return replace(parsed, policy=replace(parsed.policy, **knobs))
@@ -64,7 +64,7 @@ def test_turns_of_unequal_length_are_as_alone(recipe: str | Recipe) -> None:
     Positions are counted in the cache, which is the harder way.
     """
     recipe = without_neighbours(recipe)
-    decoding = [(1, 1, 1)] * 25
+    decoding = [(1, 1, 1)] * 16
     steps = [(150, 80, 9), *decoding, (3, 20, 70), *decoding, (12, 2, 4), *decoding]
     batch = Feeder(recipe, tapes=(0, 1, 2), rotation=ROTATION)
     singles = [Feeder(recipe, tapes=(row,), rotation=ROTATION) for row in range(3)]

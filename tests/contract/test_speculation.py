@@ -88,7 +88,7 @@ def test_a_crop_behind_an_eviction_is_refused(recipe: str) -> None:
     feeder = Feeder(recipe)
     feeder.step(150)
     assert feeder.layer.evicted
-    with pytest.raises(ValueError, match="crop.*(evicted|voted)"):
+    with pytest.raises(ValueError, match=r"crop.*(evicted|voted)"):
         feeder.layer.crop(-1)
     assert not feeder.layer.is_croppable
     feeder.layer.activate_past_recording()

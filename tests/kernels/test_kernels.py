@@ -1,4 +1,4 @@
-"""The fast kernel against the obvious one, on shapes of every kind, and what it needs for scratch."""
+"""The fast kernel against the obvious one, on shapes of every kind, and its scratch memory."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class SlowLog(SlowScores):
         return self.room, self.cells or self.fitting_cells(self.room)
 
     def fitting_cells(self, room: int) -> int:
-        """The most cells a generation of which all that can exist fill three quarters of the room."""
+        """The most cells a generation so that all that can exist fill 3/4 of the room."""
         blocks = max(1, -(-self.seen // self.stride))
         for depth in range(1, blocks.bit_length() + 1):
             cells = max(1, 3 * room // (4 * depth))

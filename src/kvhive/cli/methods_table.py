@@ -7,7 +7,7 @@ from kvhive.policies import POLICIES, Policy
 
 
 def methods_table() -> str:
-    """One row a policy: card, source, what it keeps, knobs with defaults, needs, positions, cost."""
+    """One row a policy: card, source, what it keeps, knobs, needs, positions, cost."""
     lines = [
         "| policy | source | keeps | knobs (default) | needs | positions | cost |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -152,7 +152,7 @@ def _one_pass(
 
 
 def _tail_rows(query: Tensor, keys: Tensor, scale: float, needs: Needs, n: int) -> Tensor | None:
-    """Only the last rows were asked for: the fused kernel did the work, they alone are done again."""
+    """Only the last rows were asked for: beside the fused kernel, they are done again."""
     if not needs.last_rows:
         return None
     batch, heads, q, _ = query.shape
@@ -232,7 +232,7 @@ def _chunk_weights(
 
 
 def _columns(weights: Tensor, needs: Needs, behind: int) -> Tensor | None:
-    """Column sums of `[b, K, group, rows, n]`; `behind` queries of the step come after these rows."""
+    """Column sums of `[b, K, group, rows, n]`; `behind` queries of the step come later."""
     if needs.columns is None:
         return None
     power = weights.square() if needs.columns == "square" else weights

@@ -95,7 +95,7 @@ class Policy:
         return not self.takes_budget
 
     def own_limit(self, seen: int) -> int | None:
-        """Without a budget: how many tokens a head may hold after `seen` before `select` is called."""
+        """Without a budget: tokens a head may hold after `seen` before `select` is called."""
         return None
 
     def peak(self, budget: int) -> int:
@@ -110,7 +110,7 @@ class Policy:
 
     @property
     def merges(self) -> bool:
-        """Whether `merge_into` is asked: slots kept may then hold other keys than the model wrote."""
+        """Whether `merge_into` is asked: kept slots may then hold keys no token wrote."""
         return False
 
     def acts(self, decoding: bool) -> bool:

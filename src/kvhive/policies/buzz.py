@@ -263,7 +263,7 @@ class Buzz(Policy):
         return hive.choose(over, (stay, sample), (slots.valid, sample))
 
     def _cells(self, slots: Slots, room: Tensor) -> Tensor:
-        """Cells a generation: as given, or so that all generations fill three quarters of the room."""
+        """Cells a generation: as given, or so that all fill three quarters of the room."""
         if self.cells is not None:
             return torch.full_like(room, self.cells)
         blocks = hive.ceil_div(hive.tokens_seen(slots), self.stride).clamp_min(1)

@@ -63,7 +63,7 @@ class DenseStore(Store):
         self.length = last
 
     def compact(self, index: Tensor, capacity: int) -> None:
-        """Keep the slots at `index` int64 `[b, K, k]` (-1: leave the slot empty), drop all others."""
+        """Keep the slots at `index` int64 `[b, K, k]` (-1: an empty slot), drop all others."""
         assert self._keys is not None and self._values is not None
         source = index.clamp_min(0)
         self._keys = take(self._keys, source, capacity)

@@ -25,6 +25,9 @@ _MEASURED = (
     "Intervals are 95 % of 2,000 bootstrap draws of items, paired with the full cache on the same "
     "items. Memory is counted, not estimated: every byte a cache holds when decoding begins."
 )
+_DIALOG = (
+    '<dialog id="items"><form method="dialog"><button>close</button></form><div></div></dialog>'
+)
 _LONGEST_TEXT = 400  # characters of an answer shown
 
 
@@ -40,7 +43,7 @@ def report_page(run: Run, command: str) -> str:
         *(f'<p class="note warn">{escape(sentence)}.</p>' for sentence in run.unclear()),
         *(_part(run, task, mode, colours) for task, mode in run.parts),
         _conditions(run),
-        '<dialog id="items"><form method="dialog"><button>close</button></form><div></div></dialog>',
+        _DIALOG,
         f'<script type="application/json" id="run">{_data(run)}</script>',
         f"<script>\n{_resource('page.js')}</script>",
     ]
