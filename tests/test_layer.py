@@ -90,6 +90,15 @@ def test_slack_spreads_the_copying() -> None:
     assert held[9] == [*range(21, 31)] * 4
 
 
+def test_slack_spares_what_is_always_kept() -> None:
+    """A share may turn out smaller than the slack; sinks, and one more token, stay even then."""
+    feeder = Feeder("streaming_llm(sink=6, slack=500)@0.4")
+    feeder.step(100)
+    assert feeder.layer.slots.length == 65
+    feeder.step(1)
+    assert feeder.layer.slots.position[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 100]
+
+
 def test_a_prompt_alone_uses_no_slack() -> None:
     feeder = Feeder("window(slack=9)@30")
     feeder.step(100)
@@ -186,7 +195,7 @@ def test_offloading_keeps_everything() -> None:
 
 def test_gradients_are_not_kept() -> None:
     """A loop without `no_grad` must not chain every step to the one before."""
-    layer = make_layer("h2o@20")
+    layer = make_layer("h2o@64")
     for count in (30, 1, 1):
         keys = tokens(count).requires_grad_()
         layer.update(keys, keys)

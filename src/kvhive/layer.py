@@ -102,8 +102,8 @@ class HiveLayer(LayerContract):
         if self.store.length != self.slots.length:
             raise ValueError(
                 "attention did not read the last tokens of this cache: either its model uses "
-                "another attention than 'kvhive' (HiveCache.for_model sets it) or the last step failed "
-                "halfway (make a new cache, or call reset())"
+                "another attention than 'kvhive' (HiveCache.for_model sets it) or the last step "
+                "failed halfway (make a new cache, or call reset())"
             )
         fresh = key_states.shape[2]
         self.store.append(key_states.detach(), value_states.detach(), self._room(fresh))
@@ -201,10 +201,8 @@ class HiveLayer(LayerContract):
             self._row_seen = self._row_seen + real.sum(1)
             self.slots.append(position.masked_fill(~real, -1), fresh, self.store.capacity)
         self._appended += fresh
-        if fresh > 1:
-            self._prompted = True
-        if fresh > 1 or not self._prompted or self.limits.budget is None:
-            self.limits.set(self._lengths(), self.slots.heads, self.device)
+        if not self.record_past:
+            self._set_limits(fresh)
 
     def _close_gaps(self) -> None:
         index = gaps_closed(self.slots)
@@ -228,6 +226,13 @@ class HiveLayer(LayerContract):
 
     def _lengths(self) -> list[int]:
         return [self.seen] if self._row_seen is None else self._row_seen.tolist()
+
+    def _set_limits(self, fresh: int) -> None:
+        """A share is taken of the tokens seen whenever a step brought several of them."""
+        if fresh > 1:
+            self._prompted = True
+        if fresh > 1 or not self._prompted or self.limits.budget is None:
+            self.limits.set(self._lengths(), self.slots.heads, self.device)
 
     def row_seen(self) -> Tensor:
         """int64 `[b]`: real tokens each row has seen, padding excluded."""
@@ -344,8 +349,8 @@ class HiveLayer(LayerContract):
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the newest `-tokens_to_remove` tokens; then count votes and evict as postponed.
 
-        Older releases of transformers pass a tensor. Raises `ValueError` for a positive argument and
-        for a crop behind an eviction.
+        Older releases of transformers pass a tensor. Raises `ValueError` for a positive argument
+        and for a crop behind an eviction.
         """
         remove = -int(tokens_to_remove)
         if remove < 0:
@@ -381,6 +386,7 @@ class HiveLayer(LayerContract):
         if step is None:
             return
         query, scale, real = step
+        self._set_limits(query.shape[2])
         if self.policy.needs != NOTHING:
             _, seen = self._attend(query, scale, self.policy.needs, real)
             self._observe(seen)

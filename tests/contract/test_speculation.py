@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from kvhive.cache import HiveCache
 from kvhive.recipe import Recipe
-from tests.contract.recipes import SELECTIVE, SHARES, SMALL, WHOLE, fullest
+from tests.contract.recipes import LARGE_SHARES, SELECTIVE, SHARES, SMALL, WHOLE, fullest
 from tests.support import Feeder, random_ids
 
 ROUNDS = ((5, 3), (1, 0), (6, 0), (4, 3), (5, 4), (3, 1))  # tokens fed, of which rejected
@@ -25,7 +25,7 @@ def assert_same_state(one: Feeder, other: Feeder) -> None:
         assert torch.equal(counter, other.layer.slots.counters[name]), name
 
 
-@pytest.mark.parametrize("recipe", [*SMALL, *WHOLE])
+@pytest.mark.parametrize("recipe", [*SMALL, *LARGE_SHARES, *WHOLE])
 @pytest.mark.parametrize("prompt", [20, 130])
 def test_rejected_drafts_leave_no_trace(recipe: str, prompt: int) -> None:
     """As if only the accepted tokens of each round had been fed, in one step each."""

@@ -53,7 +53,7 @@ def test_centred_choice_takes_what_the_question_adds():
     outcomes = [Outcome(choices=(-1.0, -4.0)), Outcome(choices=(-1.5, -2.0))]
     assert values(measures.CHOICE, outcomes, probes) == [1, 0]
     assert values(measures.CENTRED_CHOICE, outcomes, probes) == [1, 1]
-    assert measures.centred([[1, 2], [3, 6]]) == [[-1, -2], [1, 2]]
+    assert measures.centred([[1.0, 2.0], [3.0, 6.0]]) == [[-1, -2], [1, 2]]
 
 
 def test_text_measures_strip_leading_lines():

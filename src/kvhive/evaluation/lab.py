@@ -76,15 +76,10 @@ class Lab:
         for text, task in self.tasks.items():
             items, too_long = self._fitting(text)
             if too_long:
-                kind = "item" if too_long == 1 else "items"
-                most = self._most_tokens
-                notes[
-                    f"{text}: {too_long} {kind} longer than the model's {most:,} tokens left out"
-                ] = None
+                most = f"more than the model's {self._most_tokens:,} tokens"
+                notes[f"{text}: items left out, {most}: {too_long}"] = None
             if not items:
-                why = (
-                    "all are longer than the model can read" if too_long else "its data holds none"
-                )
+                why = "all are too long for the model" if too_long else "its data holds none"
                 raise ValueError(f"task {text} has no items: {why}")
             for name in task.data:
                 notes.update(dict.fromkeys(self.source.notes(name)))

@@ -1,0 +1,119 @@
+"""A run's folder survives kills, full disks and second runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+
+from kvhive.evaluation import journal as module
+from kvhive.evaluation.journal import ROWS, RUN, Journal, read_rows, read_run
+
+FACTS = {"model_sha256": "abc", "data": {"books": "sha256:1"}, "torch": "1"}
+SETTINGS = {"recipes": ["full", "h2o@0.4"], "limit": 3}
+
+
+def unit(item: str) -> list[dict[str, object]]:
+    return [{"item": item, "recipe": recipe} for recipe in ("full", "none")]
+
+
+def test_rows_come_back(tmp_path):
+    with Journal(tmp_path / "deep" / "run") as journal:
+        assert journal.begin(SETTINGS, FACTS) == []
+        journal.append(unit("ä"))
+        journal.append(unit("b"))
+    folder = tmp_path / "deep" / "run"
+    assert read_rows(folder) == [*unit("ä"), *unit("b")]
+    assert read_run(folder) == {"settings": SETTINGS, "facts": FACTS}
+    with Journal(folder) as journal:
+        assert journal.begin(SETTINGS, FACTS) == [*unit("ä"), *unit("b")]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.begin(SETTINGS, FACTS)
+        journal.append(unit("a"))
+    with (tmp_path / ROWS).open("ab") as file:
+        file.write(b'{"item": "b", "rec')
+    assert read_rows(tmp_path) == unit("a")
+
+
+def test_other_damage_is_told(tmp_path):
+    (tmp_path / ROWS).write_bytes(b'{"item": 1}\nrubbish\n{"item": 2}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl' is damaged in line 2"):
+        read_rows(tmp_path)
+    (tmp_path / RUN).write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json' is damaged"):
+        read_run(tmp_path)
+
+
+def test_no_run_at_all_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: it has no run\.json"):
+        read_run(tmp_path)
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    with Journal(tmp_path), pytest.raises(ValueError, match="another run is writing to"), Journal(tmp_path):
+        pass
+    with Journal(tmp_path):  # free again
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts", "message"),
+    [
+        ({**SETTINGS, "limit": 4}, FACTS, "another limit 3"),
+        (SETTINGS, {**FACTS, "model_sha256": "x"}, "another model_sha256"),
+        (SETTINGS, {**FACTS, "data": {"books": "sha256:2"}}, "another data"),
+    ],
+)
+def test_a_folder_holds_one_run(tmp_path, settings, facts, message):
+    with Journal(tmp_path) as journal:
+        journal.begin(SETTINGS, FACTS)
+    with Journal(tmp_path) as journal, pytest.raises(ValueError, match=message):
+        journal.begin(settings, facts)
+
+
+def test_versions_may_change_in_between(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.begin(SETTINGS, FACTS)
+    with Journal(tmp_path) as journal:
+        assert journal.begin(SETTINGS, {**FACTS, "torch": "2"}) == []
+
+
+def test_rows_of_unknown_origin_are_not_touched(tmp_path):
+    (tmp_path / ROWS).write_bytes(b'{"item": 1}\n')
+    with Journal(tmp_path) as journal, pytest.raises(ValueError, match=r"has rows but no run\.json"):
+        journal.begin(SETTINGS, FACTS)
+    assert (tmp_path / ROWS).read_bytes() == b'{"item": 1}\n'
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """Half a unit reaches the disk before it is full; none of it stays."""
+
+    def full(file, data):
+        file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Journal(tmp_path) as journal:
+        journal.begin(SETTINGS, FACTS)
+        journal.append(unit("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write", full)
+            with pytest.raises(OSError, match="is full; nothing is lost: make room and run the same"):
+                journal.append(unit("b"))
+        assert read_rows(tmp_path) == unit("a")
+        journal.append(unit("c"))
+    assert read_rows(tmp_path) == [*unit("a"), *unit("c")]
+
+
+def test_finished_rows_are_in_order(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.begin(SETTINGS, FACTS)
+        for item in ("c", "a", "b"):
+            journal.append(unit(item))
+        journal.finish(lambda row: (row["item"], row["recipe"]))
+    lines = (tmp_path / ROWS).read_text().splitlines()
+    assert [json.loads(line)["item"] for line in lines] == list("aabbcc")
+    assert not list(tmp_path.glob("*.part"))
