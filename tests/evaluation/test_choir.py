@@ -22,9 +22,7 @@ def every_recipe() -> list[str]:
     forms = []
     for name, policy in POLICIES.items():
         example = policy()
-        if not example.takes_budget:
-            forms.append(name)
-        elif example.implied_budget is not None or example.takes_own_size:
+        if not example.takes_budget or example.implied_budget is not None or example.takes_own_size:
             forms.append(name)
         else:
             forms.append(f"{name}@{max(48, example.least_budget + 8)}")

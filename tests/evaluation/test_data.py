@@ -146,7 +146,15 @@ def test_the_hub_loader_converts_rows(tmp_path):
 
 
 def test_the_hub_loader_cuts_wikitext_at_its_headings(tmp_path):
-    lines = ["", " = First = \n", " one \n", " = = Part = = \n", " two \n", " = Second = \n", " x \n"]
+    lines = [
+        "",
+        " = First = \n",
+        " one \n",
+        " = = Part = = \n",
+        " two \n",
+        " = Second = \n",
+        " x \n",
+    ]
     rows = [{"text": line} for line in lines]
     source = mirror(tmp_path, "wikitext2", rows)
     records = source.records("wikitext2")

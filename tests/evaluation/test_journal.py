@@ -54,7 +54,11 @@ def test_no_run_at_all_is_told(tmp_path):
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
-    with Journal(tmp_path), pytest.raises(ValueError, match="another run is writing to"), Journal(tmp_path):
+    with (
+        Journal(tmp_path),
+        pytest.raises(ValueError, match="another run is writing to"),
+        Journal(tmp_path),
+    ):
         pass
     with Journal(tmp_path):  # free again
         pass
@@ -84,7 +88,10 @@ def test_versions_may_change_in_between(tmp_path):
 
 def test_rows_of_unknown_origin_are_not_touched(tmp_path):
     (tmp_path / ROWS).write_bytes(b'{"item": 1}\n')
-    with Journal(tmp_path) as journal, pytest.raises(ValueError, match=r"has rows but no run\.json"):
+    with (
+        Journal(tmp_path) as journal,
+        pytest.raises(ValueError, match=r"has rows but no run\.json"),
+    ):
         journal.begin(SETTINGS, FACTS)
     assert (tmp_path / ROWS).read_bytes() == b'{"item": 1}\n'
 
@@ -101,7 +108,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         journal.append(unit("a"))
         with monkeypatch.context() as patch:
             patch.setattr(module, "_write", full)
-            with pytest.raises(OSError, match="is full; nothing is lost: make room and run the same"):
+            with pytest.raises(
+                OSError, match="is full; nothing is lost: make room and run the same"
+            ):
                 journal.append(unit("b"))
         assert read_rows(tmp_path) == unit("a")
         journal.append(unit("c"))

@@ -47,7 +47,11 @@ def test_every_item_has_a_row_for_every_recipe_and_the_floor(settings, tmp_path)
     rows = read_rows(out)
     keys = [(row["task"], row["mode"], row["item"], row["recipe"]) for row in rows]
     recipes = ["full", "h2o@70", "streaming_llm@0.4", "none"]
-    parts = [(TASK, "agnostic", "passkey"), (TASK, "aware", "passkey"), (STREAM, "stream", "wikitext")]
+    parts = [
+        (TASK, "agnostic", "passkey"),
+        (TASK, "aware", "passkey"),
+        (STREAM, "stream", "wikitext"),
+    ]
     assert keys == [
         (task, mode, f"{name}-{number}", recipe)
         for task, mode, name in parts
@@ -184,7 +188,9 @@ class _Fragile:
         return self, self.inner.wait(busy)[1]
 
 
-def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(settings, tmp_path, monkeypatch):
+def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(
+    settings, tmp_path, monkeypatch
+):
     settings = replace(settings, tasks=(TASK,), modes=("agnostic",)).checked()
     fragile = _Fragile(crew_module.Alone(settings), 1)
     monkeypatch.setattr("kvhive.evaluation.runner._crew", lambda *args: fragile)

@@ -63,9 +63,7 @@ def item() -> Item:
 
 
 def test_a_large_budget_is_perfectly_faithful(asked):
-    full, large, small = compare(
-        asked.with_recipes(recipes("full", "h2o@500", "h2o@20")), item()
-    )
+    full, large, small = compare(asked.with_recipes(recipes("full", "h2o@500", "h2o@20")), item())
     for one in (full, large):
         values = one.outcomes[0].values
         assert values["kl"] < 1e-6

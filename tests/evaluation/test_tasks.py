@@ -68,7 +68,9 @@ def test_the_same_seed_gives_the_same_items(name, desk, tokenizer):
     assert first(task, desk) == first(task, again)
 
 
-@pytest.mark.parametrize("name", ["passkey", "niah_multikey", "word_codes", "vt", "fwe", "verbatim"])
+@pytest.mark.parametrize(
+    "name", ["passkey", "niah_multikey", "word_codes", "vt", "fwe", "verbatim"]
+)
 def test_another_seed_gives_others(name, desk, tokenizer):
     other = Desk(Builtin(), tokenizer, desk.seed + 1)
     assert first(small(name), desk, 1) != first(small(name), other, 1)
@@ -124,12 +126,16 @@ def test_passkeys_go_through_the_grid(desk):
 
 def test_decoys_are_other_keys(desk):
     (item,) = first(parse_task("passkey(decoys=3)"), desk, 1)
-    assert sum(item.prefix.count(f"The {colour} key is") for colour in ("red", "blue", "green")) == 3
+    assert (
+        sum(item.prefix.count(f"The {colour} key is") for colour in ("red", "blue", "green")) == 3
+    )
 
 
 def test_kv_asks_for_pairs_of_the_object(desk):
     for item in first(parse_task("kv(pairs=6, asked=3)"), desk, 4):
-        pairs = dict(zip(*[iter(part.strip('"{}, \n') for part in _quoted(item.prefix))] * 2))
+        pairs = dict(
+            zip(*[iter(part.strip('"{}, \n') for part in _quoted(item.prefix))] * 2, strict=False)
+        )
         assert len(pairs) == 6
         for probe in item.probes:
             key = _quoted(probe.query)[0]
@@ -189,7 +195,9 @@ def test_frequent_words_are_the_frequent_ones(desk):
     for name in ("cwe", "fwe"):
         for item in first(parse_task(f"{name}(tokens=3000)"), desk, 3):
             words = [word for word in item.prefix.split("\n\n", 1)[1].split() if word.isalpha()]
-            counts = sorted({word: words.count(word) for word in words}.items(), key=lambda w: -w[1])
+            counts = sorted(
+                {word: words.count(word) for word in words}.items(), key=lambda w: -w[1]
+            )
             wanted = item.probes[0].references
             assert {word for word, _ in counts[: len(wanted)]} == set(wanted)
             assert counts[len(wanted) - 1][1] > counts[len(wanted)][1]
