@@ -252,6 +252,7 @@ def test_groups_are_known_tasks():
         ("wikitext(skip=9000)", "skip < tokens must hold"),
         ("verbatim(tokens=60)", "tokens must be at least twice cue"),
         ("vt(asked=3)", "asked <= chains"),
+        ("shared_context(asked=1)", r"asked must lie in 2\.\.10, got 1"),
         ("word_codes(pairs=400)", "pairs <= 200"),
         ("kv(4)(5)", "the form is name"),
         ("kv(pairs=", "the form is name"),

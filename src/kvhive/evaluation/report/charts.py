@@ -114,11 +114,11 @@ def turn_plot(lines: Mapping[str, Mapping[int, float]], colours: Mapping[str, st
     values = [value for line in lines.values() for value in line.values()]
     turns = [turn for line in lines.values() for turn in line]
     room = (max(values) - min(values)) * 0.08 or 0.5
-    frame = _Frame(min(turns), max(turns), min(values) - room, max(values) + room)
+    frame = _Frame(float(min(turns)), float(max(turns)), min(values) - room, max(values) + room)
     parts = [frame.axes("turn", up, whole=True)]
     for name, line in lines.items():
         points = " ".join(
-            f"{frame.x(turn):.1f},{frame.y(value):.1f}" for turn, value in line.items()
+            f"{frame.x(float(turn)):.1f},{frame.y(value):.1f}" for turn, value in line.items()
         )
         parts.append(
             f'<polyline class="line" style="--c:{colours[name]}" points="{points}">'

@@ -41,7 +41,7 @@ class Fidelity(Task):
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
     tokens: int = knob(1024, "tokens compressed")
-    scored: int = knob(128, "tokens compared after them")
+    scored: int = knob(64, "tokens compared after them")
 
     def items(self, desk: Desk) -> Iterator[Item]:
         """Windows of the articles at hand that are long enough, one of each."""

@@ -23,6 +23,7 @@ from kvhive.evaluation.measures import (
     SUBSTRING,
 )
 from kvhive.evaluation.tasks.base import TASKS, Conversation, Task
+from kvhive.policies.base import knob
 
 _TELL = (
     "Write a high-quality answer for the given question using only the provided search results "
@@ -40,7 +41,7 @@ def documents_text(documents: Sequence[Record]) -> str:
     )
 
 
-def asked(question: str) -> str:
+def question_text(question: str) -> str:
     """The question as the end of the user's turn."""
     return f"\n\nQuestion: {question.rstrip('?')}?"
 
@@ -54,7 +55,7 @@ def choice_probe(desk: Desk, record: Record, records: Sequence[Record]) -> Probe
     right = record["answers"][0]
     choices = rng.sample([right, *wrong], 10)
     return Probe(
-        asked(record["question"]),
+        question_text(record["question"]),
         cue=_CUE,
         choices=tuple(f" {one}" for one in choices),
         gold=choices.index(right),
@@ -66,7 +67,7 @@ def choice_probe(desk: Desk, record: Record, records: Sequence[Record]) -> Probe
 def written_probe(record: Record) -> Probe:
     """An answer in the model's own words."""
     return Probe(
-        asked(record["question"]),
+        question_text(record["question"]),
         references=tuple(record["answers"]),
         limit=_LIMIT,
         history=f"{record['answers'][0]}.",
@@ -160,6 +161,12 @@ class SharedContext(Conversation):
     measures = (CENTRED_CHOICE, CHOICE, NLL)
     data: ClassVar = ("shared_context_nq",)
 
+    asked: int = knob(10, "questions asked of one context, 2 to 10")
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.asked <= 10:
+            raise ValueError(f"shared_context: asked must lie in 2..10, got {self.asked}")
+
     @property
     def modes(self) -> tuple[Mode, ...]:  # type: ignore[override]
         """Apart, the questions cannot be known when the context is compressed; of turns, the first
@@ -173,7 +180,7 @@ class SharedContext(Conversation):
             answers = [turn["answers"][0] for turn in record["turns"]]
             probes = tuple(
                 Probe(
-                    asked(turn["question"]),
+                    question_text(turn["question"]),
                     cue=_CUE,
                     target=f" {answers[place]}",
                     choices=tuple(f" {answer}" for answer in answers),
@@ -181,6 +188,6 @@ class SharedContext(Conversation):
                     history=f" {answers[place]}.",
                     facts={"turn": place + 1, "gold_index": turn.get("gold_index", -1)},
                 )
-                for place, turn in enumerate(record["turns"])
+                for place, turn in enumerate(record["turns"][: self.asked])
             )
             yield Item(record["id"], _TELL + documents_text(record["ctxs"]), _TELL, probes)
