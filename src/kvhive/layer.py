@@ -340,7 +340,6 @@ class HiveLayer(LayerContract):
     def activate_past_recording(self) -> None:
         """Postpone votes and evictions until `crop`, as speculative decoding needs it."""
         self.record_past = True
-        self._committed = self.seen > 0
 
     def end_recording(self) -> None:
         """Commit what is pending and return to ordinary steps."""
@@ -391,8 +390,7 @@ class HiveLayer(LayerContract):
         if self.policy.needs != NOTHING:
             _, seen = self._attend(query, scale, self.policy.needs, real)
             self._observe(seen)
-        self._evict(decoding=query.shape[2] == 1 or self._committed)
-        self._committed = True
+        self._evict(decoding=query.shape[2] == 1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues what row `beam_idx[i]` was."""
@@ -416,7 +414,6 @@ class HiveLayer(LayerContract):
         self.evicted = False
         self._row_seen = None
         self._appended = 0
-        self._committed = False  # whether the prompt came before what is being recorded
         self._prompted = False  # whether any step brought more than one token
         self._moved = 0  # leading slots whose keys must be turned when read
         self.limits.reset()

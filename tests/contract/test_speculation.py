@@ -118,14 +118,3 @@ def test_votes_cannot_be_taken_back(recipe: str) -> None:
         feeder.check()
     with pytest.raises(ValueError, match="expected minus the number"):
         feeder.layer.crop(1)
-
-
-def test_accepted_drafts_are_no_prompt() -> None:
-    """A policy for prompts alone does not evict when a round accepts several tokens."""
-    feeder = Feeder("snapkv(decode=none, window=8)@20", tapes=(0,))
-    feeder.step(50)
-    assert feeder.layer.slots.length == 20
-    feeder.layer.activate_past_recording()
-    feeder.step(3)
-    feeder.layer.crop(0)
-    assert feeder.layer.slots.length == 23
