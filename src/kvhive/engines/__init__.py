@@ -1,0 +1,1 @@
+"""The same recipes inside other engines. Each module needs the extra that its docstring names."""
