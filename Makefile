@@ -25,7 +25,7 @@ demo: $(VENV)/demo.stamp ## compare four recipes on examples/demo.md, also as re
 		--ask "What is the file number of this report?" \
 		--ask "What is the pass code for the pump house?" \
 		--ask "What is the claim number?" \
-		--recipe full --recipe buzz@0.4 --recipe "buzz(history=log)@0.4" --recipe h2o@0.4 --recipe streaming_llm@0.4 \
+		--recipe full --recipe buzz@0.4 --recipe h2o@0.4 --recipe streaming_llm@0.4 \
 		--threads 1 --html report.html
 
 test: $(VENV)/dev.stamp ## run all tests

@@ -159,7 +159,8 @@ def as_data(results: list[Result]) -> list[dict[str, Any]]:
 def _facts(prompt: Prompt, model: str, dtype: str, device: str, mode: Mode) -> list[str]:
     import torch
 
-    place = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+    threads = torch.get_num_threads()
+    place = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
     seen = {"agnostic": "compressed before the question is seen", "aware": "question seen"}
     return [f"{len(prompt.prefix):,} tokens", f"{model} in {dtype}", place, seen[mode.value]]
 
