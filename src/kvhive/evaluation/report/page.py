@@ -204,8 +204,9 @@ def _heat_maps(run: Run, task: str, mode: str, scores: list[Score]) -> str:
         for probe in row["probes"]:
             facts = {**row["facts"], **probe["facts"]}
             if name in probe["scores"] and {"length", "depth"} <= facts.keys():
-                told = grids.setdefault(row["recipe"], {})
-                told.setdefault((float(facts["length"]), float(facts["depth"])), []).append(probe["scores"][name])
+                cell = (float(facts["length"]), float(facts["depth"]))
+                told = grids.setdefault(row["recipe"], {}).setdefault(cell, [])
+                told.append(probe["scores"][name])
     means = {
         recipe: {cell: sum(told) / len(told) for cell, told in grid.items()}
         for recipe, grid in grids.items()

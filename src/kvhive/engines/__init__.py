@@ -1,1 +1,0 @@
-"""The same recipes inside other engines. Each module needs the extra that its docstring names."""

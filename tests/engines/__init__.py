@@ -1,1 +1,0 @@
-"""Recipes inside other engines."""
