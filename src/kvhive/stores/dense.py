@@ -15,7 +15,7 @@ from kvhive.stores.merging import fold
 class DenseStore(Store):
     """Keys `[b, K, capacity, d]` and values `[b, K, capacity, e]` in the model's dtype.
 
-    A prompt is taken over without a copy, decoding writes in place, and room grows by a fixed
+    On a GPU a prompt is taken over without a copy, decoding writes in place, and room grows by a fixed
     number of slots, so that neither a step nor the memory held depends on more than the tokens
     kept.
     """
@@ -99,9 +99,12 @@ class DenseStore(Store):
 
 
 def _adopt(tensor: Tensor, capacity: int) -> Tensor:
-    """Take a fresh tensor over as it is, unless room is wanted or it pins a larger buffer."""
+    """Take a fresh tensor over as it is, unless room is wanted or it pins a larger buffer.
+
+    On CPU it is copied into pages of its own (see `memory`): the heap it came from stays small.
+    """
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    if capacity == tensor.shape[2] and alone:
+    if capacity == tensor.shape[2] and alone and tensor.device.type != "cpu":
         return tensor
     return widen(tensor, tensor.shape[2], capacity)
 
