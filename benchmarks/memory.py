@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import threading
@@ -30,11 +29,16 @@ import kvhive
 MIB = 2**20
 
 
+def resident() -> int:
+    """Bytes of this process in memory that are its own: mapped files, such as weights, left out."""
+    held = psutil.Process().memory_info()
+    return int(held.rss - held.shared)
+
+
 def watch(stop: threading.Event, peak: list[int]) -> None:
     """Sample this process's resident bytes every millisecond into peak[0]."""
-    process = psutil.Process()
     while not stop.is_set():
-        peak[0] = max(peak[0], process.memory_info().rss)
+        peak[0] = max(peak[0], resident())
         time.sleep(0.001)
 
 
@@ -54,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(look)
     ids = torch.randint(100, 40000, (1, args.prompt), generator=torch.Generator().manual_seed(0))
-    before = psutil.Process().memory_info().rss
+    before = resident()
     peak, stop = [before], threading.Event()
     thread = threading.Thread(target=watch, args=(stop, peak), daemon=True)
     thread.start()
@@ -70,8 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     width = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     return {
         "rss": (prefill_peak - before) / MIB,
-        "after": (psutil.Process().memory_info().rss - before) / MIB,
-        "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB,
+        "after": (resident() - before) / MIB,
         "cache": nbytes(cache) / MIB,
         "cache_peak": cache_peak / MIB,
         "cache_peak_tokens": cache_peak / (width * config.num_hidden_layers),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ SMALLEST = 1 << 16  # bytes; below this a block of whole pages would waste more 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A zeroed, contiguous tensor; on CPU in anonymous pages that are unmapped when it is freed."""
     number = math.prod(shape)
-    if device.type != "cpu" or number * dtype.itemsize < SMALLEST:
+    small = number * dtype.itemsize < SMALLEST
+    if device.type != "cpu" or small or sys.platform == "win32":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, number * dtype.itemsize)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a forked process gets a copy of its own
+    pages = mmap.mmap(-1, number * dtype.itemsize, flags=private)
     return torch.frombuffer(pages, dtype=dtype, count=number).view(shape)

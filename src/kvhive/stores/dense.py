@@ -15,9 +15,9 @@ from kvhive.stores.merging import fold
 class DenseStore(Store):
     """Keys `[b, K, capacity, d]` and values `[b, K, capacity, e]` in the model's dtype.
 
-    On a GPU a prompt is taken over without a copy, decoding writes in place, and room grows by a fixed
-    number of slots, so that neither a step nor the memory held depends on more than the tokens
-    kept.
+    On a GPU a prompt is taken over without a copy. Decoding writes in place, and room grows by a
+    fixed number of slots, so that neither a step nor the memory held depends on more than the
+    tokens kept.
     """
 
     def __init__(self) -> None:
