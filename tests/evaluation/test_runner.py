@@ -254,6 +254,23 @@ def test_jobs_are_checked(settings, tmp_path):
         evaluate(settings, tmp_path / "run", jobs=0)
 
 
+def test_caches_can_be_held_after_the_prompt(settings, tmp_path):
+    settings = replace(settings, tasks=(TASK,), modes=("agnostic",), limit=1)
+    rows = {
+        hold: read_rows(evaluate(replace(settings, hold=hold), tmp_path / str(hold)))
+        for hold in (False, True)
+    }
+    assert {row["decode"] for row in rows[True]} == {"hold"}
+    for stepped, held in zip(rows[False], rows[True], strict=True):
+        assert stepped["kept"] == held["kept"]
+        added = held["seen_end"] - held["seen"]
+        assert held["kept_end"] == held["kept"] + added  # also of recipes that evict otherwise
+    evicting = [
+        row["kept_end"] < row["kept"] + row["seen_end"] - row["seen"] for row in rows[False]
+    ]
+    assert any(evicting)
+
+
 def test_prompts_can_be_read_in_blocks(settings, tmp_path):
     settings = replace(settings, tasks=(TASK,), modes=("agnostic",), limit=1)
     whole = read_rows(evaluate(settings, tmp_path / "whole"))

@@ -32,10 +32,14 @@ def voices(network: LlamaForCausalLM, block: int | None = None, most: int = 2**3
 
 
 @torch.no_grad()
-def one_by_one(network: LlamaForCausalLM, recipe: str, script: Script) -> Forced:
+def one_by_one(
+    network: LlamaForCausalLM, recipe: str, script: Script, hold: bool = False
+) -> Forced:
     """Feed prompt and script token by token after the prompt; the literal algorithm."""
     cache = HiveCache.for_model(network, recipe)
     logits = network(torch.tensor([PROMPT]), past_key_values=cache).logits[0, -1]
+    if hold:
+        cache.freeze()
     logprobs, hits = [], []
     for place, token in enumerate(script.ids):
         if place >= script.start:
@@ -55,6 +59,20 @@ def test_scores_are_those_of_the_literal_algorithm(network):
     for recipe, results in zip(RECIPES, told, strict=True):
         for script, forced in zip(SCRIPTS, results, strict=True):
             assert close(forced, one_by_one(network, recipe, script)), (recipe, script)
+
+
+def test_held_caches_lose_nothing_after_the_prompt(network):
+    recipes = [*RECIPES, "elastic@60", "cascading@64"]
+    stage = Stage(network, hold=True)
+    singers = stage.read(PROMPT, [Recipe.parse(text) for text in recipes])
+    kept = [voice.cache.positions_kept()[0][0, 0].tolist() for voice in singers]
+    for recipe, results in zip(recipes, stage.force(singers, SCRIPTS), strict=True):
+        for script, forced in zip(SCRIPTS, results, strict=True):
+            assert close(forced, one_by_one(network, recipe, script, hold=True)), (recipe, script)
+    stage.advance(singers, (9, 8, 7, 6))
+    for voice, before in zip(singers, kept, strict=True):
+        after = voice.cache.positions_kept()[0][0, 0].tolist()
+        assert after == [*before, 150, 151, 152, 153], voice.recipe
 
 
 def test_the_full_cache_scores_as_the_plain_model(network, plain):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvhive.cache import HiveCache
-from kvhive.kernels import NOTHING, Needs, Observed, attend
+from kvhive.kernels import NOTHING, Needs, Observed, attend, report
 from kvhive.layer import HANDLE, HiveLayer
 from kvhive.stores.dense import Dense
 
@@ -111,7 +111,7 @@ class _Told(Group):
         for member in self.members:
             needs = member.policy.needs
             if needs not in reports:
-                reports[needs] = attend(query, keys, values, scale, needs)[1]
+                reports[needs] = report(query, keys, values, scale, needs)
             # A copy each: caches that keep everything would otherwise write into one another.
             member.replay(keys.clone(), values.clone(), reports[needs])
         return out

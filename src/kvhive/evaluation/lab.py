@@ -61,7 +61,7 @@ class Lab:
         for recipe in self.recipes:
             HiveCache.for_model(self.model, recipe)  # says now what cannot work with this model
         self.desk = Desk(self.source, tokenizer, settings.seed)
-        stage = Stage(self.model, settings.block)
+        stage = Stage(self.model, settings.block, hold=settings.hold)
         ends = end_tokens(self.model, tokenizer)
         self.asked = Asked(stage, Frame.of(tokenizer), ends, tuple(self.recipes))
         self._items: dict[str, tuple[list[Item], int]] = {}
@@ -182,6 +182,7 @@ class Lab:
             "recipe": one.recipe,
             "cluster": item.cluster or item.id,
             "prefill": "whole" if self.settings.block is None else f"block {self.settings.block}",
+            "decode": "hold" if self.settings.hold else "step",
             **_measured(one.start, one.end),
             "scores": _rounded(means),
             "probes": probes,

@@ -24,7 +24,7 @@ class Settings:
     full cache is added. modes: which of a task's modes to run; "stream" tasks know no question and
     run in any case. limit: items a task. data: a folder, "hub" or "builtin"; None asks
     `KVHIVE_DATA`. block: None reads prompts in one step; a number feeds them in blocks of so many
-    tokens. threads: CPU threads of a worker; None leaves it to torch.
+    tokens. hold: evict nothing after the prompt. threads: CPU threads of a worker; None leaves it to torch.
     """
 
     model: str = "smollm2"
@@ -35,6 +35,7 @@ class Settings:
     seed: int = 0
     data: str | None = None
     block: int | None = None
+    hold: bool = False
     dtype: str = "bfloat16"
     device: str = "cpu"
     threads: int | None = None

@@ -79,12 +79,17 @@ class Stage:
 
     block: None reads a prompt in one step, shared by all recipes that allow it; a number feeds it
     in blocks of so many tokens, after each of which every recipe evicts ("strict").
+    hold: evict nothing after the prompt: what follows is read in one step, by all recipes together.
     """
 
     def __init__(
-        self, model: PreTrainedModel, block: int | None = None, most_bytes: int = MOST_BYTES
+        self,
+        model: PreTrainedModel,
+        block: int | None = None,
+        most_bytes: int = MOST_BYTES,
+        hold: bool = False,
     ) -> None:
-        self.model, self.block, self.most_bytes = model, block, most_bytes
+        self.model, self.block, self.most_bytes, self.hold = model, block, most_bytes, hold
         self._skips_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     # ---- reading --------------------------------------------------------------------------------
@@ -112,6 +117,8 @@ class Stage:
         ]
 
     def _singly(self, cache: HiveCache) -> bool:
+        if self.hold:
+            return False
         return evicts_while_decoding(cache.recipe) or not reads_like_others(cache)
 
     # ---- going on -------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Attention that also reports what it saw. `attend` is the one entry; see `contracts` for the
-terms.
+"""Attention that also reports what it saw: `attend`, and `report` for one more policy on the same
+prompt; see `contracts` for the terms.
 """
 
-from kvhive.kernels.chunked import attend, span
+from kvhive.kernels.chunked import attend, report, span
 from kvhive.kernels.contracts import NOTHING, Needs, Observed
 
-__all__ = ["NOTHING", "Needs", "Observed", "attend", "span"]
+__all__ = ["NOTHING", "Needs", "Observed", "attend", "report", "span"]

@@ -43,8 +43,33 @@ def attend(
         rows = _tail_rows(query, keys, scale, needs, n)
     else:
         out, columns, rows = _one_pass(query, keys, values, scale, needs, valid, real, n)
-    observed = Observed(
-        fresh=q,
+    return out, _observed(query, keys, values, scale, needs, n, columns, rows)
+
+
+def report(query: Tensor, keys: Tensor, values: Tensor, scale: float, needs: Needs) -> Observed:
+    """What `attend` reports of a whole prompt without padding, for one more policy: the output is
+    known already, so that only what is asked for is computed.
+    """
+    n = keys.shape[2]
+    if needs.columns is None:
+        columns, rows = None, _tail_rows(query, keys, scale, needs, n)
+    else:
+        _, columns, rows = _one_pass(query, keys, values, scale, needs, None, None, n)
+    return _observed(query, keys, values, scale, needs, n, columns, rows)
+
+
+def _observed(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    needs: Needs,
+    n: int,
+    columns: Tensor | None,
+    rows: Tensor | None,
+) -> Observed:
+    return Observed(
+        fresh=query.shape[2],
         columns=columns,
         rows=rows,
         keys=keys[:, :, :n] if needs.keys else None,
@@ -52,7 +77,6 @@ def attend(
         queries=query if needs.queries else None,
         scale=scale,
     )
-    return out, observed
 
 
 def span(used: int, capacity: int) -> int:
