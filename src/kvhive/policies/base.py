@@ -95,7 +95,11 @@ class Policy:
         return not self.takes_budget
 
     def own_limit(self, seen: int) -> int | None:
-        """Without a budget: tokens a head may hold after `seen` before `select` is called."""
+        """Without a budget: tokens a head may hold after `seen` before `select` is called.
+
+        0: `select` is called after every step, its budget 0 too, and decides how many stay. None:
+        nothing is limited.
+        """
         return None
 
     def peak(self, budget: int) -> int:
