@@ -127,6 +127,14 @@ class Policy:
         """The policy to use in layer `layer` of `layers`; most methods treat all alike."""
         return self
 
+    def for_budget(self, tokens: int | None) -> Policy:
+        """The policy to use at a budget of `tokens`, None for a share or none at all.
+
+        For what depends on the recipe's budget and not on the one of the moment, which `make_room`
+        lowers.
+        """
+        return self
+
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Fold a step's report into the slots' columns. Called once a step, after the slots were
         added.
