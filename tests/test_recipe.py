@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import fields
 
+import jaxtyping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from kvhive.budget import Budget
 from kvhive.policies import POLICIES
 from kvhive.policies.buzz import Buzz
 from kvhive.policies.h2o import H2O
+from kvhive.policies.snapkv import SnapKV
 from kvhive.policies.streaming_llm import StreamingLLM
 from kvhive.recipe import Recipe
 from kvhive.registry import Registry
@@ -173,6 +176,53 @@ def test_one_sentence_for_what_cannot_work(text: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence.replace("\\\\", "\\")) as refusal:
         Recipe.parse(text)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the type checks of the test run, as users have it."""
+    config = jaxtyping.config
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.parametrize(
+    ("number", "budget"),
+    [(48, Budget(tokens=48)), (0.4, Budget(share=0.4)), ("40%", Budget.of(0.4))],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_bare_number_is_read_as_in_the_string_form(
+    number: int | float | str, budget: Budget
+) -> None:
+    assert Recipe(H2O(), number) == Recipe(H2O(), budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ({"policy": "h2o"}, "policy must be an instance of Policy, got 'h2o'; Recipe.parse reads"),
+        ({"policy": H2O}, "policy must be an instance of Policy"),
+        ({"policy": H2O(), "budget": [48]}, r"expected a number of tokens or a share, got \[48\]"),
+        ({"policy": H2O(), "budget": True}, "expected a number of tokens or a share, got True"),
+        ({"policy": H2O(), "budget": 48, "allocation": "uniform"}, "an instance of Allocation"),
+        ({"policy": H2O(), "budget": 48, "store": Dense}, "store must be an instance of StoreKind"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_parts_that_are_none(parts: dict[str, object], sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        Recipe(**parts)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_knobs_of_another_kind_are_refused_before_any_step() -> None:
+    """At the latest by the recipe, as in the string form."""
+    with pytest.raises(ValueError, match=r"snapkv: window must be a whole number, got 7\.5"):
+        Recipe(SnapKV(window=7.5), 48)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Recipe(H2O(), 0)  # type: ignore[arg-type]
 
 
 alphabet = st.sampled_from([*"buzzh2o(),=@/+%.-0123456789[]{}'\" \n", "stride", "dense", "none"])

@@ -161,9 +161,10 @@ class HiveCache(Cache):
 
     def _spread(self, place: int) -> Spread:
         recipe, layers = self.recipe, len(self.compressed)
+        tokens = None if recipe.budget is None else recipe.budget.tokens
+        least = recipe.policy.for_budget(tokens).least_budget
 
         def spread(budget: int, kv_heads: int) -> Tensor:
-            least = recipe.policy.least_budget
             return recipe.allocation.spread(budget, layers, kv_heads, least)[place]
 
         return spread

@@ -66,6 +66,7 @@ class HiveLayer(LayerContract):
         written: Rotation | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        policy = policy.for_budget(None if budget is None else budget.tokens)
         self.policy, self.rotation = policy, rotation
         self.limits = Limits(policy, budget, spread, slack)
         self.written = written

@@ -25,14 +25,16 @@ _SHARED_KNOBS = ("positions", "slack")
 class Recipe:
     """Which tokens survive, how many, and how they are held.
 
-    policy: which. budget: how many a KV head may hold (`None` for methods that size themselves).
+    policy: which. budget: how many a KV head may hold (`None` for methods that size themselves); a
+    bare number or string is read as in the string form: 48 tokens, 0.4 of what was seen, "40%".
     allocation: how the budget is spread over layers and heads. store: how survivors lie in memory.
     positions: "original" (keys keep the rotary position they were written with) or "cache"
     (positions are counted inside the cache, so that none ever exceeds the budget); default: the
     policy's own rule.
     slack: tokens to free beyond need when decoding goes over budget; default: the policy's own.
 
-    Raises `ValueError` with one sentence for any combination that cannot work.
+    Raises `ValueError` with one sentence for any combination that cannot work, `TypeError` for a
+    part that is not one.
     """
 
     policy: Policy
@@ -43,6 +45,7 @@ class Recipe:
     slack: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_parts()
         name = self.policy.name
         if self.budget is None and self.policy.implied_budget is not None:
             object.__setattr__(self, "budget", Budget(tokens=self.policy.implied_budget))
@@ -72,6 +75,21 @@ class Recipe:
                 f"{self.policy.least_budget} "
                 f"tokens at a budget of {tokens}"
             )
+
+    def _check_parts(self) -> None:
+        kinds = (("policy", Policy), ("allocation", Allocation), ("store", StoreKind))
+        for part, kind in kinds:
+            value = getattr(self, part)
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"recipe: {part} must be an instance of {kind.__name__}, got {value!r}; "
+                    "Recipe.parse reads the string form"
+                )
+            hints = get_type_hints(type(value))
+            for knob in fields(value):
+                _check_knob(value.name, knob.name, getattr(value, knob.name), hints[knob.name])
+        if self.budget is not None:
+            object.__setattr__(self, "budget", Budget.of(self.budget))
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:

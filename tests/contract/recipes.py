@@ -24,6 +24,7 @@ VARIANTS = {
         "scissorhands(history=20, recent=7, drop=5, threshold=cache)",
         "scissorhands(variant=percentile, history=20, recent=7, start=30)",
     ),
+    "snapkv": ("snapkv(group_reduce=max, pooling=max)", "snapkv(decode=none)"),
 }
 ALWAYS_KEPT = {"sink": 3, "window": 7, "recent": 7}
 

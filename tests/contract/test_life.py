@@ -84,7 +84,7 @@ def test_reset_begins_anew(recipe: str) -> None:
 def test_room_can_be_made_ahead(recipe: str) -> None:
     feeder = Feeder(recipe)
     feeder.step(PROMPT)
-    policy, budget = feeder.recipe.policy, feeder.recipe.budget
+    policy, budget = feeder.layer.policy, feeder.recipe.budget
     assert budget is not None
     most = policy.peak(budget.resolve(PROMPT, policy.least_budget))
     turn = most - policy.least_budget

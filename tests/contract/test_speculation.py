@@ -62,7 +62,7 @@ def test_prompt_lookup_keeps_to_the_budget(model: PreTrainedModel, recipe: str) 
     if budget is not None:
         # A share is taken anew whenever several tokens are accepted at once.
         most = policy.peak(budget.resolve(report.tokens_seen, policy.least_budget))
-        grown = 0 if policy.acts(decoding=True) else 4
+        grown = 0 if policy.acts(decoding=True) else report.tokens_seen - 100
         assert fullest(policy, report.kept) <= most + grown
     again = model.generate(out, past_key_values=cache, max_new_tokens=5, do_sample=False)
     assert again.shape[1] == 145

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from kvhive.evaluation.asking import Asked, ask, converse
 from kvhive.evaluation.items import Item, Probe
+from kvhive.evaluation.voices import Voice
+from kvhive.recipe import Recipe
+from tests.contract.recipes import SMALL
 
 TEXT = "The bees were at home. " * 12
 QUESTIONS = ("Where were the bees?", "Who was at home, and when, and why at all?")
@@ -24,6 +28,7 @@ class Watch:
     def __init__(self, asked: Asked) -> None:
         self.read: list[str] = []
         self.kept: list[list[torch.Tensor]] = []
+        self.voices: list[Voice] = []
         self.went_on: list[str] = []
         stage, decode = asked.stage, asked.tokenizer.decode
         read, advance = stage.read, stage.advance
@@ -31,7 +36,8 @@ class Watch:
         def noted_read(ids, recipes):
             voices = read(ids, recipes)
             self.read.append(decode(list(ids)))
-            self.kept.append([kept for voice in voices for kept in voice.cache.positions_kept()])
+            self.kept.append(kept(voices))
+            self.voices = voices
             return voices
 
         def noted_advance(voices, ids):
@@ -39,6 +45,11 @@ class Watch:
             advance(voices, ids)
 
         stage.read, stage.advance = noted_read, noted_advance
+
+
+def kept(voices: list[Voice]) -> list[torch.Tensor]:
+    """Positions that the voices hold, layer by layer."""
+    return [held for voice in voices for held in voice.cache.positions_kept()]
 
 
 def test_an_agnostic_cache_never_saw_the_question(asked):
@@ -50,6 +61,26 @@ def test_an_agnostic_cache_never_saw_the_question(asked):
     for one, other in zip(*watch.kept, strict=True):
         assert torch.equal(one, other)
     assert watch.went_on[0] == QUESTIONS[0] + "<|end|>\n<|start|>assistant\nThey were"
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [{"target": " home"}, {"choices": (" home", " away")}, {"target": " home", "limit": 3}],
+    ids=["targets", "choices", "written"],
+)
+def test_agnostic_caches_are_the_same_for_all_probes(asked, probe):
+    """Every policy: what is kept depends on no probe, and asking changes nothing of it."""
+    asked = asked.with_recipes([Recipe.parse(recipe) for recipe in SMALL])
+    untold = asked.stage.read(asked.frame.prefix(item(), item().prefix), asked.recipes)
+    watch = Watch(asked)
+    for question in QUESTIONS:
+        one = item(question, **probe)
+        ask(asked, one, one.prefix, "agnostic", most=9)
+        for ours, theirs, after in zip(
+            watch.kept[-1], kept(untold), kept(watch.voices), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+            assert torch.equal(ours, after)
 
 
 def test_an_aware_cache_saw_it(asked):

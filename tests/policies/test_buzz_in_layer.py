@@ -148,3 +148,21 @@ def test_room_is_made_in_the_layer_too(history: Any) -> None:
     assert int(layer.slots.count.max()) <= 20
     feed(layer, [(text, 65, 66)])
     assert layer.slots.position[0, :, :2].tolist() == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("history", ["thin", "log"])
+@pytest.mark.parametrize(("budget", "sinks"), [(48, [0, 1, 2, 3]), (31, [0])])
+def test_making_room_leaves_the_recipe_its_sinks(
+    history: Any, budget: int, sinks: list[int]
+) -> None:
+    """One sink below a budget of 32: the recipe's, not what is left of it for the moment."""
+    layer, text = make_layer(Buzz(history=history), budget), Text(10, 160)
+    feed(layer, [(text, 0, 100)])
+    for turn in (budget - 24, 1000):
+        layer.make_room(turn)
+        for head in layer.slots.position[0].tolist():
+            assert [p for p in head if p < 4][: len(sinks)] == sinks
+    feed(layer, [(text, 100, 160)])
+    for head in layer.slots.position[0].tolist():
+        assert head[: len(sinks)] == sinks
+        assert budget // 4 <= len(head) <= budget

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvhive.policies.selection import keep_top, recent, sinks
+from kvhive.policies.selection import keep_top, layer_mean, lengths, recent, sinks
 from kvhive.slots import Slots
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
@@ -73,3 +73,22 @@ def test_keep_top_compares_in_float32(dtype: torch.dtype) -> None:
     score = torch.tensor([[[1.0, 3.0, 3.0, 2.0]]], dtype=dtype)
     kept = keep_top(score, torch.ones_like(score, dtype=torch.bool), torch.tensor([[2]]))
     assert kept.tolist() == [[[False, True, True, False]]]
+
+
+def test_the_mean_goes_over_the_heads_that_hold_a_token() -> None:
+    """Looked up by position where heads hold different tokens; empty slots are nobody's."""
+    position = torch.tensor([[[-1, -1, 2, 9], [-1, 2, 4, 9], [0, 2, 4, 9]]], dtype=torch.int32)
+    score = torch.tensor([[[9.0, 9.0, 1.0, 2.0], [9.0, 3.0, 8.0, 4.0], [7.0, 5.0, 2.0, 6.0]]])
+    mean = layer_mean(score, position)[0]
+    assert mean[0, 2:].tolist() == [3.0, 4.0]
+    assert mean[1, 1:].tolist() == [3.0, 5.0, 4.0]
+    assert mean[2].tolist() == [7.0, 3.0, 5.0, 4.0]
+    same = position[:, 2:].expand(-1, 3, -1)
+    assert torch.equal(layer_mean(score, same), score.mean(1, keepdim=True).expand(-1, 3, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_lengths_are_summed_in_float32_or_better(dtype: torch.dtype) -> None:
+    """Of 1,024 ones the length is 32, which bfloat16 sums would miss."""
+    vectors = torch.ones(1, 2, 3, 1024, dtype=dtype)
+    assert torch.equal(lengths(vectors), torch.full((1, 2, 3), 32.0))

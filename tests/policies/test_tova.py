@@ -9,7 +9,7 @@ from torch import Tensor
 from kvhive.budget import Budget
 from kvhive.kernels import Observed
 from kvhive.layer import HiveLayer
-from kvhive.policies.tova import Tova, layer_mean
+from kvhive.policies.tova import Tova
 from kvhive.slots import Slots
 from kvhive.stores.dense import Dense
 
@@ -98,18 +98,6 @@ def test_heads_with_unequal_budgets_hold_parts_of_one_another() -> None:
         few, many, some = ({p for p in head if p >= 0} for head in player.kept.tolist())
         assert (len(few), len(many), len(some)) == (5, 12, 9)
         assert few < some < many
-
-
-def test_the_mean_goes_over_the_heads_that_hold_a_token() -> None:
-    """Looked up by position where heads hold different tokens; empty slots are nobody's."""
-    position = torch.tensor([[[-1, -1, 2, 9], [-1, 2, 4, 9], [0, 2, 4, 9]]], dtype=torch.int32)
-    score = torch.tensor([[[9.0, 9.0, 1.0, 2.0], [9.0, 3.0, 8.0, 4.0], [7.0, 5.0, 2.0, 6.0]]])
-    mean = layer_mean(score, position)[0]
-    assert mean[0, 2:].tolist() == [3.0, 4.0]
-    assert mean[1, 1:].tolist() == [3.0, 5.0, 4.0]
-    assert mean[2].tolist() == [7.0, 3.0, 5.0, 4.0]
-    same = position[:, 2:].expand(-1, 3, -1)
-    assert torch.equal(layer_mean(score, same), score.mean(1, keepdim=True).expand(-1, 3, -1))
 
 
 def test_a_padded_query_has_no_say() -> None:

@@ -15,6 +15,6 @@ def needs_text(needs: Needs) -> str:
         squares = {"sum": "column sums", "square": "column sums of squares"}
         wants.append(squares[needs.columns])
     if needs.last_rows:
-        wants.append(f"last {needs.last_rows} rows")
+        wants.append("last row" if needs.last_rows == 1 else f"last {needs.last_rows} rows")
     wants += [part for part in ("keys", "queries", "values") if getattr(needs, part)]
     return ", ".join(wants) or "nothing"

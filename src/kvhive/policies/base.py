@@ -95,7 +95,11 @@ class Policy:
         return not self.takes_budget
 
     def own_limit(self, seen: int) -> int | None:
-        """Without a budget: tokens a head may hold after `seen` before `select` is called."""
+        """Without a budget: tokens a head may hold after `seen` before `select` is called.
+
+        0: `select` is called after every step, its budget 0 too, and decides how many stay. None:
+        nothing is limited.
+        """
         return None
 
     def peak(self, budget: int) -> int:
@@ -121,6 +125,14 @@ class Policy:
 
     def for_layer(self, layer: int, layers: int) -> Policy:
         """The policy to use in layer `layer` of `layers`; most methods treat all alike."""
+        return self
+
+    def for_budget(self, tokens: int | None) -> Policy:
+        """The policy to use at a budget of `tokens`, None for a share or none at all.
+
+        For what depends on the recipe's budget and not on the one of the moment, which `make_room`
+        lowers.
+        """
         return self
 
     def observe(self, slots: Slots, seen: Observed) -> None:

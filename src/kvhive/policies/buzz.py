@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -163,6 +163,12 @@ class Buzz(Policy):
             sink = 4 if budget >= SMALL else 1
         rho = (1 / self.stride) / (1 - 1 / self.old_stride + 1 / self.stride)
         return sink + round(1.4 * (budget - sink) / (0.4 + (1 + rho) / 2))
+
+    def for_budget(self, tokens: int | None) -> Buzz:
+        """As many sinks as the recipe's budget asks for, whatever room is made later."""
+        if self._given_sink is not None:
+            return self
+        return replace(self, sink=4 if tokens is None or tokens >= SMALL else 1)
 
     def slack(self, budget: int) -> int:
         """None: an event frees many slots anyway."""

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
 from kvhive.policies.base import POLICIES, Policy, at_least, knob
-from kvhive.policies.selection import keep_top, new_tokens, recent, sinks
-from kvhive.policies.tova import layer_mean
+from kvhive.policies.selection import keep_top, layer_mean, new_tokens, recent, sinks
 from kvhive.slots import Column, Slots
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
 from kvhive.policies.futures import Gaussian, QueryRing, fit
-from kvhive.policies.selection import grouped, keep_top, sinks
+from kvhive.policies.selection import grouped, keep_top, lengths, sinks
 from kvhive.slots import Column, Slots
 
 HELD_AND_QUERIES = Needs(keys=True, values=True, queries=True)
@@ -107,8 +107,7 @@ class ExpectedAttention(Policy):
         rest = slots.valid & ~sinks(slots, self.sink)
         logits = grouped(coming.log_expectation(held.keys, held.scale), slots.heads)
         share = logits.masked_fill(~rest[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-        length = torch.linalg.vector_norm(held.values, dim=-1, dtype=torch.float32)
-        slots["score"].copy_((share.mean(2) + self.epsilon) * length)
+        slots["score"].copy_((share.mean(2) + self.epsilon) * lengths(held.values))
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """The sinks and the best of the rest."""

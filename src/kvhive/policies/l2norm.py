@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
 from kvhive.policies.full import Full
-from kvhive.policies.selection import joint_ranks, keep_top, recent
+from kvhive.policies.selection import joint_ranks, keep_top, lengths, recent
 from kvhive.slots import Column, Slots
 
 ROUNDING = 5e-7  # norms this close, relatively, are equal: a few roundings of float32
@@ -81,8 +80,7 @@ class L2Norm(Policy):
     def weigh(self, slots: Slots, held: Observed) -> None:
         """Measure the keys."""
         assert held.keys is not None
-        norm = torch.linalg.vector_norm(held.keys, dim=-1, dtype=torch.float32)
-        slots["norm"].copy_(norm)
+        slots["norm"].copy_(lengths(held.keys))
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """The shortest keys, and the window if there is to be one."""

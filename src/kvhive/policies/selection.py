@@ -53,6 +53,30 @@ def grouped(per_query_head: Tensor, kv_heads: int) -> Tensor:
     return per_query_head.view(batch, kv_heads, heads // kv_heads, *rest)
 
 
+def lengths(vectors: Tensor) -> Tensor:
+    """float32 `[b, K, n]`: Euclidean lengths of `[b, K, n, d]`, summed in float32 or better."""
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=wide)
+    return length.float()
+
+
+def layer_mean(score: Tensor, position: Tensor) -> Tensor:
+    """float32 `[b, K, n]`: each token's mean score over the KV heads that hold it.
+
+    position: int32 `[b, K, n]`, ascending. All heads hold the same tokens unless their budgets
+    differ; a token is then looked up in every head by its position.
+    """
+    if bool((position == position[:, :1]).all()):
+        return score.mean(1, keepdim=True).expand_as(score)
+    heads, n = score.shape[1:]
+    mine = position[:, :, None].expand(-1, -1, heads, -1).contiguous()
+    theirs = position[:, None].expand(-1, heads, -1, -1).contiguous()
+    place = torch.searchsorted(theirs, mine).clamp_max(n - 1)
+    shared = theirs.gather(-1, place) == mine
+    scores = score[:, None].expand(-1, heads, -1, -1).gather(-1, place)
+    return (scores * shared).sum(2) / shared.sum(2)
+
+
 def joint_ranks(value: Tensor, closeness: float) -> Tensor:
     """int64 `[b, K, n]`: ranks from 0, ascending; neighbours within a share of `closeness` are one.
 

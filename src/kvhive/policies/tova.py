@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
 from kvhive.policies.base import POLICIES, Policy, knob
-from kvhive.policies.selection import grouped, keep_top, recent
+from kvhive.policies.selection import grouped, keep_top, layer_mean, recent
 from kvhive.slots import Column, Slots
 
 LAST_ROW = Needs(last_rows=1)
@@ -65,20 +65,3 @@ class Tova(Policy):
         last = recent(slots, size)
         score = layer_mean(slots["attention"], slots.position)
         return last | keep_top(score, slots.valid & ~last, budget - size, newer_first=True)
-
-
-def layer_mean(score: Tensor, position: Tensor) -> Tensor:
-    """float32 `[b, K, n]`: each token's mean score over the KV heads that hold it.
-
-    position: int32 `[b, K, n]`, ascending. All heads hold the same tokens unless their budgets
-    differ; a token is then looked up in every head by its position.
-    """
-    if bool((position == position[:, :1]).all()):
-        return score.mean(1, keepdim=True).expand_as(score)
-    heads, n = score.shape[1:]
-    mine = position[:, :, None].expand(-1, -1, heads, -1).contiguous()
-    theirs = position[:, None].expand(-1, heads, -1, -1).contiguous()
-    place = torch.searchsorted(theirs, mine).clamp_max(n - 1)
-    shared = theirs.gather(-1, place) == mine
-    scores = score[:, None].expand(-1, heads, -1, -1).gather(-1, place)
-    return (scores * shared).sum(2) / shared.sum(2)

@@ -1,0 +1,177 @@
+"""What each policy costs: prefill time against the full cache, and its share of a layer's decoding.
+
+    python benchmarks/cost.py --prompt 4096 --budget 1024 --new 128 --rounds 3
+    python benchmarks/cost.py --recipe h2o --recipe "snapkv(window=64)"
+
+Both are ratios of runs made side by side; each figure is a median over rounds.
+
+*Prefill*: seconds to read the prompt, over those of `full` (kvhive's own path without a policy) run
+right before it.
+
+*Decoding*: the cache has come down to its budget and has decoded `--new` tokens. Then it and a full
+cache of the same size (on average over what follows) take turns, token by token, and only the time
+inside the cache's layers counts: appending, attention, votes, eviction. The overhead is what the
+policy's layers take longer, over what those of the full cache take. Evictions come once in many
+tokens and are spread over all of them, so `--new` should cover some: 33 tokens lie between two of
+most policies at a budget of 1,024, some 560 between two events of BUZZ. Where positions are counted
+in the cache, every step turns the keys that evictions have moved, which is part of the overhead;
+the same policy with `positions=original` stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fidelity import BUZZ_VARIANTS
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import kvhive
+from kvhive.cli.words import needs_text
+from kvhive.kernels import Needs
+from kvhive.policies import POLICIES
+
+DECODE_BOUND = 0.15  # of the attention of a layer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One round of one recipe, in seconds; `layers` are per decoded token, of all layers."""
+
+    prefill: float
+    full_prefill: float
+    layers: float
+    full_layers: float
+    held: float
+
+
+class Clock:
+    """Adds up the seconds that a cache's layers take."""
+
+    def __init__(self, cache: kvhive.HiveCache) -> None:
+        self.seconds = 0.0
+        for layer in cache.hive_layers():
+            for step in ("update", "attend"):
+                setattr(layer, step, self._timed(getattr(layer, step)))
+
+    def _timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **settings: Any) -> Any:
+            start = time.perf_counter()
+            result = step(*arguments, **settings)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return run
+
+
+class Run:
+    """A cache that has read a prompt and decodes on."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, recipe: str, ids: Tensor) -> None:
+        self.model, self.cache = model, kvhive.HiveCache.for_model(model, recipe)
+        start = time.perf_counter()
+        logits = model(ids, past_key_values=self.cache, logits_to_keep=1).logits
+        self.prefill = time.perf_counter() - start
+        self.token = logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Decode a token; tokens held by a head afterwards, on average."""
+        logits = self.model(self.token, past_key_values=self.cache).logits
+        self.token = logits[:, -1:].argmax(-1)
+        counts = [layer.slots.count.double().mean() for layer in self.cache.hive_layers()]
+        return float(torch.stack(counts).mean())
+
+
+def measure(model: PreTrainedModel, recipe: str, ids: Tensor, new: int) -> Cost:
+    """Prefill `full` and the recipe; decode with the recipe and a full cache of its size."""
+    full_prefill = Run(model, "full", ids).prefill
+    run = Run(model, recipe, ids)
+    held = statistics.fmean(run.step() for _ in range(new))
+    plain = Run(model, "full", ids[:, : max(1, round(held) - new // 2)])
+    plain.step()  # makes room to grow
+    clock, full_clock = Clock(run.cache), Clock(plain.cache)
+    for _ in range(new):
+        run.step()
+        plain.step()
+    return Cost(run.prefill, full_prefill, clock.seconds / new, full_clock.seconds / new, held)
+
+
+def prefill_bound(needs: Needs) -> float:
+    """The most a prefill may take, over the full cache's, by what is asked of attention."""
+    if needs.columns is not None:
+        return 1.3
+    return 1.1 if needs.last_rows else 1.05
+
+
+def table(costs: dict[str, list[Cost]]) -> str:
+    """Markdown, one row a recipe; figures over their bound are marked."""
+    titles = ("recipe", "needs", "held", "prefill x full", "bound", "layers, ms a token")
+    titles += ("of a full cache of that size", f"overhead (bound {DECODE_BOUND:.0%})")
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * 6]
+    for recipe, rounds in costs.items():
+        needs = kvhive.Recipe.parse(recipe).policy.needs
+        prefill = statistics.median(cost.prefill / cost.full_prefill for cost in rounds)
+        overhead = statistics.median(cost.layers / cost.full_layers - 1 for cost in rounds)
+        bound = prefill_bound(needs)
+        cells = [
+            f"`{recipe}`",
+            needs_text(needs),
+            f"{statistics.median(cost.held for cost in rounds):,.0f}",
+            f"{prefill:.3f}{' !' if prefill > bound else ''}",
+            f"{bound:.2f}",
+            f"{1e3 * statistics.median(cost.layers for cost in rounds):.2f}",
+            f"{1e3 * statistics.median(cost.full_layers for cost in rounds):.2f}",
+            f"{overhead:+.1%}{' !' if overhead > DECODE_BOUND else ''}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def every_policy() -> list[str]:
+    """All policies; also without the price of positions counted in the cache, where they do so."""
+    names = [name for name in POLICIES if name != "full"]
+    turning = [name for name in names if POLICIES[name].positions == "cache"]
+    named = [*names, *BUZZ_VARIANTS, *(f"{name}(positions=original)" for name in turning)]
+    return list(dict.fromkeys(named))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--prompt", type=int, default=4096, help="prompt tokens")
+    parser.add_argument("--budget", default="1024", help="of recipes that name none")
+    parser.add_argument("--new", type=int, default=128, help="tokens to decode, twice")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--recipe", action="append", help="with knobs; default: every policy")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    named = args.recipe or every_policy()
+    recipes = [name if "@" in name else f"{name}@{args.budget}" for name in named]
+    model, _ = kvhive.load(args.model, dtype=args.dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, model.config.vocab_size - 100, (1, args.prompt), generator=generator)
+    Run(model, "full", ids[:, :64])  # what is done once is not counted
+    costs: dict[str, list[Cost]] = {recipe: [] for recipe in recipes}
+    for number in range(args.rounds):
+        for recipe in track(recipes, f"round {number + 1} of {args.rounds}"):
+            costs[recipe].append(measure(model, recipe, ids, args.new))
+    print(
+        f"{args.prompt:,} tokens + {args.new}, {args.threads} thread(s), {args.rounds} round(s)\n"
+    )
+    print(table(costs))
+
+
+if __name__ == "__main__":
+    main()
