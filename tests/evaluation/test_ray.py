@@ -20,6 +20,7 @@ from kvhive.evaluation.journal import ROWS, read_rows
 from kvhive.evaluation.ray_crew import RayCrew, RayWorker
 from kvhive.evaluation.runner import State, evaluate
 from kvhive.evaluation.settings import Settings
+from kvhive.evaluation.tasks import TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray and its libraries warn of much
 ROWS_EACH = 3  # full, h2o@70 and the floor
@@ -178,6 +179,44 @@ def test_places_that_others_hold_are_not_waited_for(
     assert seen.unplaced == 1
     assert len(set(seen.nodes)) == 1
     assert rows_file(out) == alone
+
+
+_DEADLY = """
+import os
+from dataclasses import dataclass
+from kvhive.evaluation.tasks import TASKS
+from kvhive.evaluation.tasks.passkey import Passkey
+
+@TASKS.register("deadly")
+@dataclass(frozen=True)
+class Deadly(Passkey):
+    def run(self, asked, item, mode):
+        if item.id == "passkey-1":
+            os._exit(1)
+        return super().run(asked, item, mode)
+"""
+
+
+def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(
+    address, settings, tmp_path, watch, monkeypatch
+):
+    """The task comes from a file, named by a relative path: actors work in another folder."""
+    monkeypatch.setattr(TASKS, "_classes", dict(TASKS._classes))
+    monkeypatch.setattr(RayCrew, "size", 1)  # one after another: item 0 is done first
+    monkeypatch.chdir(tmp_path)
+    Path("deadly.py").write_text(_DEADLY)
+    deadly = replace(
+        settings,
+        tasks=("deadly(lengths=(300,))",),
+        modes=("agnostic",),
+        limit=2,
+        plugins=("deadly.py",),
+    )
+    seen = watch()
+    with pytest.raises(OSError, match=r"3 workers died one after another at deadly.*, item 1"):
+        evaluate(deadly, tmp_path / "run", ray=address)
+    assert seen.died == 3
+    assert {row["item"] for row in read_rows(tmp_path / "run")} == {"passkey-0"}
 
 
 class _Holder:

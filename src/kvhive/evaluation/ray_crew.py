@@ -197,7 +197,9 @@ def _anywhere(settings: Settings) -> Settings:
     if data and data not in ("hub", "builtin"):
         data = absolute(data)
     model = settings.model if settings.model == "smollm2" else absolute(settings.model)
-    return replace(settings, model=model, data=data)
+    files = [name for name in settings.plugins if name.endswith(".py")]
+    plugins = tuple(absolute(name) if name in files else name for name in settings.plugins)
+    return replace(settings, model=model, data=data, plugins=plugins)
 
 
 def _not_ready(error: Exception) -> OSError:
