@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from kvhive.recipe import Recipe
 from tests.cli import tiny
 
 TRAINED_LENGTH = 6000
+# Ray is an extra: its tests are collected where it is installed.
+collect_ignore = ["test_ray.py"] if find_spec("ray") is None else []
 
 
 def long_model() -> LlamaForCausalLM:

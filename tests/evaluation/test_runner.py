@@ -164,12 +164,14 @@ def test_a_killed_worker_loses_nothing(settings, tmp_path, monkeypatch):
 
 
 class _Fragile:
-    """A crew whose workers die at one unit, always."""
+    """A crew whose workers die at one unit, always; or at everything."""
 
     size = 1
+    notes = ()
 
     def __init__(self, inner, number):
         self.inner, self.number, self.unit, self.hired = inner, number, None, 0
+        self.closed = False
 
     def hire(self):
         self.hired += 1
@@ -182,8 +184,11 @@ class _Fragile:
     def stop(self):
         """Nothing."""
 
+    def close(self):
+        self.closed = True
+
     def wait(self, busy):
-        if self.unit is not None and self.unit.number == self.number:
+        if self.number is None or (self.unit is not None and self.unit.number == self.number):
             return self, Died()
         return self, self.inner.wait(busy)[1]
 
@@ -197,7 +202,19 @@ def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(
     with pytest.raises(OSError, match=r"3 workers died one after another at .*, item 1"):
         evaluate(settings, tmp_path / "run")
     assert fragile.hired == 3
+    assert fragile.closed
     assert {row["item"] for row in read_rows(tmp_path / "run")} == {"passkey-0"}
+
+
+def test_workers_that_never_get_to_the_plan_end_the_run_with_a_sentence(
+    settings, tmp_path, monkeypatch
+):
+    fragile = _Fragile(None, None)
+    fragile.inner = type("Never", (), {"send": lambda self, unit: None})()
+    monkeypatch.setattr("kvhive.evaluation.runner._crew", lambda *args: fragile)
+    with pytest.raises(OSError, match="3 workers died one after another while they loaded the"):
+        evaluate(settings, tmp_path / "run")
+    assert fragile.hired == 3
 
 
 def test_a_workers_error_is_told(settings, tmp_path):

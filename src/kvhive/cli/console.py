@@ -51,6 +51,14 @@ PrefillChunk = Annotated[
         help="Read in steps of so many tokens and evict after each, so that memory stays small.",
     ),
 ]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="A Python file (or module) with tasks or methods of your own. Repeat for more.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Refuse a longer document.")]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from kvhive.cli.console import Device, Dtype, Model, Threads, err, note
+from kvhive.cli.console import Device, Dtype, Model, Plugin, Threads, err, note
 
 if TYPE_CHECKING:
     from kvhive.evaluation.runner import State
@@ -77,11 +77,15 @@ def evaluate(
         ),
     ] = False,
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Processes (with --ray: workers).")
+        int,
+        typer.Option(
+            "--jobs", "-j", min=1, help="Processes; with --ray workers, 1: as many as fit."
+        ),
     ] = 1,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Spread over a Ray cluster, or 'auto'.")
     ] = None,
+    plugin: Plugin = None,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -111,6 +115,7 @@ def evaluate(
         dtype=dtype,
         device=device,
         threads=threads,
+        plugins=tuple(plugin or ()),
     ).checked()
     _quiet()
     with _bar() as progress:
@@ -140,7 +145,9 @@ def _bar() -> Iterator[Callable[[State], None]]:
         MofNCompleteColumn(),
         TextColumn("{task.description}", style="dim"),
     )
-    with Progress(*columns, console=err(), transient=True) as progress:
+    console = err()
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         bar: Any = progress.add_task("loading", total=None)
 
         def tell(state: State) -> None:

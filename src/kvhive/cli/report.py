@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvhive.cli.console import command_line, err, note, out
+from kvhive.cli.console import Plugin, command_line, err, note, out
 
 if TYPE_CHECKING:
     from kvhive.evaluation.report.run import Run
@@ -26,6 +26,7 @@ def report(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.")
     ] = None,
+    plugin: Plugin = None,
 ) -> None:
     """Show what [bold]kvhive evaluate[/bold] measured: scores, losses, memory, and how sure they
     are.
@@ -36,7 +37,9 @@ def report(
     from kvhive.evaluation.report.page import report_page
     from kvhive.evaluation.report.run import Run
     from kvhive.html.page import check_writable, write_page
+    from kvhive.plugins import load_plugins
 
+    load_plugins(plugin or ())
     for path in (csv, html):
         if path is not None:
             check_writable(path)

@@ -20,8 +20,11 @@ from kvhive.evaluation.settings import Settings, Unit
 Answer = Plan | list[Row]
 
 
-class Died(Exception):
-    """A worker is gone, and with it what it was working on."""
+@dataclass(frozen=True)
+class Died:
+    """A worker is gone, and with it what it was working on. at_work: whether it had begun."""
+
+    at_work: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,13 @@ class Worker(Protocol):
 
 @runtime_checkable
 class Crew(Protocol):
-    """A kind of workers."""
+    """A kind of workers. notes: what to tell the user."""
 
-    size: int
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many may work side by side; may change while they do."""
 
     def hire(self) -> Worker:
         """A new worker."""
@@ -54,11 +61,15 @@ class Crew(Protocol):
     def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
         """The next that is done, and its answer."""
 
+    def close(self) -> None:
+        """After the last worker has been stopped."""
+
 
 class Alone:
     """The worker of a run without jobs: this process. It can only be waited for."""
 
     size = 1
+    notes: tuple[str, ...] = ()
 
     def __init__(self, settings: Settings, loaded: Loaded | None = None) -> None:
         self._lab = Lab(settings, loaded)
@@ -79,9 +90,14 @@ class Alone:
     def stop(self) -> None:
         """Nothing."""
 
+    def close(self) -> None:
+        """Nothing."""
+
 
 class Processes:
     """`size` processes of this machine, each with a copy of the model."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, settings: Settings, size: int) -> None:
         self.size = size
@@ -104,6 +120,9 @@ class Processes:
             return ours[pipe], pipe.recv()
         except (EOFError, OSError):
             return ours[pipe], Died()
+
+    def close(self) -> None:
+        """Nothing: every process was stopped."""
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 Row = dict[str, Any]
 RUN, ROWS, LOCK = "run.json", "rows.jsonl", "lock"
+_SAME = ("model_sha256", "data", "plugin_sha256")  # facts that identify a run: checksums
 
 
 class Journal:
@@ -155,11 +156,11 @@ def _replace(path: Path, data: bytes) -> None:
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
     """Versions and threads may change between the parts of a run; what is measured may not."""
     before, after = dict(old["settings"]), dict(new["settings"])
-    for name in ("model_sha256", "data"):
-        before[name], after[name] = old["facts"].get(name), new["facts"].get(name)
+    for name in _SAME:
+        before[name], after[name] = old["facts"].get(name) or {}, new["facts"].get(name) or {}
     for name in after:
         if before.get(name) != after[name]:
-            what = name if name in ("model_sha256", "data") else f"{name} {before.get(name)!r}"
+            what = name if name in _SAME else f"{name} {before.get(name)!r}"
             raise ValueError(
                 f"{str(folder)!r} holds a run with another {what}; choose another folder, or give "
                 "the same settings to go on with it"

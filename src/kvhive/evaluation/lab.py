@@ -28,6 +28,7 @@ from kvhive.evaluation.items import Answers, Held, Item, Performance
 from kvhive.evaluation.settings import NONE, Settings, Unit
 from kvhive.evaluation.tasks import Conversation, Task
 from kvhive.evaluation.voices import Stage
+from kvhive.plugins import load_plugins
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -54,6 +55,7 @@ class Lab:
         self.settings = settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        self.plugins = load_plugins(settings.plugins)
         self.source = open_source(settings.data)
         self.tasks = {str(task): task for task in settings.parsed_tasks()}
         self.model, tokenizer = loaded or _load(settings)
@@ -104,6 +106,7 @@ class Lab:
             "model_type": config.model_type,
             "model_sha256": self.model_hash,
             "data": {name: self.source.identity(name) for name in used},
+            "plugin_sha256": self.plugins,
         }
 
     @cached_property

@@ -52,9 +52,9 @@ def evaluate(
     settings = settings.checked()
     tell = progress or (lambda state: None)
     crew = _crew(settings, jobs, ray, loaded)
-    with Journal(Path(out)) as journal, _Foreman(crew) as foreman:
+    with _Foreman(crew) as foreman, Journal(Path(out)) as journal:
         plan = foreman.plan()
-        for note in plan.notes:
+        for note in (*crew.notes, *plan.notes):
             tell(State(0, len(plan.units), note=note))
         wanted = _begin(journal, settings, plan)
         clock = _Clock(plan, wanted)
@@ -116,15 +116,19 @@ class _Foreman:
     def __exit__(self, *what: object) -> None:
         for worker in (*self._idle, *self._busy):
             worker.stop()
+        self._crew.close()
 
     def plan(self) -> Plan:
-        """The plan, from the first worker hired."""
-        self._give(None)
-        while True:
+        """The plan, from the first worker that lives to tell it. Raises `OSError` if none does."""
+        for _ in range(MOST_DEATHS):
+            self._give(None)
             answer = self._next()[1]
             if isinstance(answer, Plan):
                 return answer
-            self._give(None)
+        raise OSError(
+            f"{MOST_DEATHS} workers died one after another while they loaded the model (out of "
+            "memory?)"
+        )
 
     def work(self, units: list[Unit]) -> Any:
         """Yields (unit, rows, seconds) in the order of finishing.
@@ -141,7 +145,7 @@ class _Foreman:
             if not isinstance(answer, Died):
                 yield unit, answer, seconds
                 continue
-            deaths[unit] = deaths.get(unit, 0) + 1
+            deaths[unit] = deaths.get(unit, 0) + answer.at_work
             if deaths[unit] >= MOST_DEATHS:
                 raise OSError(
                     f"{MOST_DEATHS} workers died one after another at {unit} (out of memory?); all "
@@ -159,8 +163,6 @@ class _Foreman:
         unit, since = self._busy.pop(worker)
         if isinstance(answer, Died):
             worker.stop()
-            if unit is None:
-                raise OSError("the first worker died while it loaded the model (out of memory?)")
         else:
             self._idle.append(worker)
         if isinstance(answer, Failed):

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvhive.evaluation.asking import FULL, Mode
 from kvhive.evaluation.tasks import Task, parse_tasks
+from kvhive.plugins import load_plugins
 from kvhive.recipe import Recipe
 
 MODES: tuple[Mode, ...] = ("agnostic", "aware", "stream")
@@ -24,7 +25,9 @@ class Settings:
     full cache is added. modes: which of a task's modes to run; "stream" tasks know no question and
     run in any case. limit: items a task. data: a folder, "hub" or "builtin"; None asks
     `KVHIVE_DATA`. block: None reads prompts in one step; a number feeds them in blocks of so many
-    tokens. hold: evict nothing after the prompt. threads: CPU threads of a worker; None leaves it to torch.
+    tokens. hold: evict nothing after the prompt. threads: CPU threads of a worker; None leaves it to
+    torch. plugins: files or modules that register tasks or methods of your own; every worker loads
+    them.
     """
 
     model: str = "smollm2"
@@ -39,9 +42,14 @@ class Settings:
     dtype: str = "bfloat16"
     device: str = "cpu"
     threads: int | None = None
+    plugins: tuple[str, ...] = ()
 
     def checked(self) -> Settings:
-        """The same in normal form. Raises `ValueError` with one sentence for what cannot work."""
+        """The same in normal form. Raises `ValueError` with one sentence for what cannot work.
+
+        Loads the plugins.
+        """
+        load_plugins(self.plugins)
         if self.limit < 1:
             raise ValueError(f"limit must be at least 1 item a task, got {self.limit}")
         if self.block is not None and self.block < 1:
@@ -72,11 +80,11 @@ class Settings:
         return wanted or list(task.modes)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for rows to belong to one run (the data by its checksums, see
+        """What must agree for rows to belong to one run (data and plugins by their checksums, see
         `Lab.facts`).
         """
         values = asdict(self)
-        del values["threads"], values["data"]
+        del values["threads"], values["data"], values["plugins"]
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from kvhive.evaluation.journal import read_rows, read_run
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import Row, Score, Standing, scores, standings
+from kvhive.evaluation.tasks import parse_task
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Run:
         if not rows:
             raise ValueError(f"{str(folder)!r} holds no results yet; run kvhive evaluate first")
         settings, facts = recorded["settings"], recorded["facts"]
+        _check_known(rows, facts)
         name = folder.resolve().name
         return cls(name, settings, facts, rows, scores(rows), standings(rows))
 
@@ -60,6 +62,18 @@ class Run:
                     "cannot show a loss with this model and so many items"
                 )
         return told
+
+
+def _check_known(rows: list[Row], facts: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for rows of a task that only a plugin of the run defines."""
+    for text in dict.fromkeys(row["task"] for row in rows):
+        try:
+            parse_task(text)
+        except ValueError as error:
+            if not facts.get("plugin_sha256"):
+                raise
+            names = " ".join(f"--plugin {name}" for name in facts["plugin_sha256"])
+            raise ValueError(f"{error}; the run had {names}: give that here too") from None
 
 
 def front(points: list[tuple[float, float]]) -> list[bool]:
