@@ -107,7 +107,9 @@ class ExpectedAttention(Policy):
         rest = slots.valid & ~sinks(slots, self.sink)
         logits = grouped(coming.log_expectation(held.keys, held.scale), slots.heads)
         share = logits.masked_fill(~rest[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-        length = torch.linalg.vector_norm(held.values, dim=-1, dtype=torch.float32)
+        length = torch.linalg.vector_norm(
+            held.values, dim=-1, dtype=torch.promote_types(held.values.dtype, torch.float32)
+        )
         slots["score"].copy_((share.mean(2) + self.epsilon) * length)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:

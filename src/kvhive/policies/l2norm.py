@@ -81,7 +81,9 @@ class L2Norm(Policy):
     def weigh(self, slots: Slots, held: Observed) -> None:
         """Measure the keys."""
         assert held.keys is not None
-        norm = torch.linalg.vector_norm(held.keys, dim=-1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(
+            held.keys, dim=-1, dtype=torch.promote_types(held.keys.dtype, torch.float32)
+        )
         slots["norm"].copy_(norm)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
