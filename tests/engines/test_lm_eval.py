@@ -12,6 +12,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from lm_eval._cli.harness import HarnessCLI
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -152,6 +153,14 @@ def test_a_batch_changes_nothing(recipe: str, options: dict[str, int]) -> None:
     texts = (CONTEXT, CONTEXT[:70], "Bees.")
     assert rolled(one, *texts) == pytest.approx(rolled(four, *texts), abs=1e-3)
     assert written(one, *texts) == written(four, *texts)
+
+
+def test_answers_that_do_not_fit_memory_together_are_scored_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together = scored(ours("h2o@70", 4))
+    monkeypatch.setattr("kvhive.engines.lm_eval.MOST_BYTES", 1)
+    same(scored(ours("h2o@70", 4)), together)
 
 
 def test_blocks_and_tokens_held_back_make_a_difference() -> None:
@@ -296,6 +305,19 @@ def test_the_command_line_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("kvhive.engines.lm_eval.cli_evaluate", lambda: told.extend(sys.argv))
     assert CliRunner().invoke(app, ["lm-eval", *words]).exit_code == 0
     assert told == ["lm-eval", *words]
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "pretrained=x,recipe=buzz(stride=7,window=20)@0.4",
+        '{"pretrained": "x", "recipe": "buzz(stride=7,window=20)@0.4"}',
+    ],
+)
+def test_commas_in_recipes_reach_us(spelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lm-eval", "run", "--model_args", spelled])
+    told = HarnessCLI().parse_args().model_args
+    assert told == {"pretrained": "x", "recipe": "buzz(stride=7,window=20)@0.4"}
 
 
 # ---- refusals ------------------------------------------------------------------------------------
