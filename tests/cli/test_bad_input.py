@@ -200,3 +200,10 @@ def test_the_module_runs():
 def test_asking_for_help_does_not_wait_for_torch():
     done = python("-c", "import sys, kvhive.cli; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_harness_is_an_extra(plain, monkeypatch):
+    monkeypatch.setattr("kvhive.cli.lm_eval.find_spec", lambda name: None)
+    result = plain("lm-eval", "--model", "kvhive", "-L", 3)
+    assert result.exit_code == 2
+    assert "this needs lm_eval and accelerate: pip install 'kvhive[lm-eval]'" in result.stderr

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvhive import __version__
-from kvhive.cli import compare, evaluate, generate, recipes, report, show
+from kvhive.cli import compare, evaluate, generate, lm_eval, recipes, report, show
 from kvhive.cli.console import Commands, failed
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ generate.register(app)
 recipes.register(app)
 evaluate.register(app)
 report.register(app)
+lm_eval.register(app)
 
 
 def main() -> None:

@@ -74,6 +74,11 @@ def evicts_while_decoding(recipe: Recipe) -> bool:
     return sized and recipe.policy.acts(True)
 
 
+def needs_single_steps(cache: HiveCache) -> bool:
+    """Whether tokens after the prompt must come one at a time, to leave what decoding would."""
+    return evicts_while_decoding(cache.recipe) or not reads_like_others(cache)
+
+
 class Stage:
     """A model, and recipes to run on it.
 
@@ -112,15 +117,18 @@ class Stage:
                 parts = self.sing(caches, [[block]] * len(caches), keep=1)
                 logits = {place: rows[0, -1] for place, rows in enumerate(parts)}
         return [
-            Voice(str(recipe), cache, logits.get(place), self._singly(cache))
+            Voice(str(recipe), cache, logits.get(place), needs_single_steps(cache))
             for place, (recipe, cache) in enumerate(zip(recipes, caches, strict=True))
         ]
 
+<<<<<<< HEAD
     def _singly(self, cache: HiveCache) -> bool:
         if self.hold:
             return False
         return evicts_while_decoding(cache.recipe) or not reads_like_others(cache)
 
+=======
+>>>>>>> hb/main
     # ---- going on -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -194,7 +202,7 @@ class Stage:
         hits = torch.zeros(len(rows), stop, dtype=torch.bool)
         if start == 0:
             first = torch.stack([_said(voice) for voice, part in batch for _ in part])
-            logprobs[:, 0], hits[:, 0] = _score(first, ids[:, 0])
+            logprobs[:, 0], hits[:, 0] = score(first, ids[:, 0])
         counts = [len(part) for _, part in batch]
         for begin in range(0, stop - 1, size):
             end = min(begin + size, stop - 1)
@@ -202,7 +210,7 @@ class Stage:
             said = self._step_choir(caches, counts, ids[:, begin:end], max(1, wanted))
             for place in range(wanted):
                 at = end - wanted + place + 1
-                logprobs[:, at], hits[:, at] = _score(said[:, place], ids[:, at])
+                logprobs[:, at], hits[:, at] = score(said[:, place], ids[:, at])
         place = 0
         for (voice, part), cache in zip(batch, caches, strict=True):
             voice.end = held(cache, len(part)) if stop > 1 else voice.end
@@ -261,10 +269,13 @@ class Stage:
         return torch.cat([self.step(cache, rows, keep) for cache, rows in parts])
 
     @torch.no_grad()
-    def step(self, cache: object, ids: Tensor | Sequence[Sequence[int]], keep: int) -> Tensor:
-        tokens = torch.as_tensor(ids, device=self.model.device)
-        only = {"logits_to_keep": keep} if self._skips_logits else {}
-        output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **only)
+    def step(
+        self, cache: object, ids: Tensor | Sequence[Sequence[int]], keep: int, **padding: Tensor
+    ) -> Tensor:
+        """Logits `[rows, keep, vocabulary]` of the last ids; padding: what the model takes."""
+        new = torch.as_tensor(ids, device=self.model.device)
+        more = {"logits_to_keep": keep} if self._skips_logits else {}
+        output = self.model(input_ids=new, past_key_values=cache, use_cache=True, **more, **padding)
         logits: Tensor = output.logits[:, -keep:]
         return logits
 
@@ -293,10 +304,8 @@ def _said(voice: Voice) -> Tensor:
     return voice.logits
 
 
-def _score(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probability (float64) and arg-max agreement of `token` `[rows]` under `[rows,
-    vocabulary]`.
-    """
+def score(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probability (float64) and arg-max agreement of `token` `[rows]` in `[rows, words]`."""
     wide = logits.float()
     chosen = wide.gather(-1, token[:, None])[:, 0] - wide.logsumexp(-1)
     return chosen.double().cpu(), (wide.argmax(-1) == token).cpu()

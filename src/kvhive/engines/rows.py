@@ -1,0 +1,118 @@
+"""Texts of unequal length as the rows of one batch, all through one recipe's cache.
+
+Rows are padded on the left, and what is fed is cut into steps counted from the right: every row is
+then fed as it would be alone, and comes out as it would alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvhive.cache import HiveCache
+from kvhive.evaluation.voices import Stage, needs_single_steps, score
+from kvhive.recipe import Recipe
+
+AT_ONCE = 32  # tokens scored in one step where the recipe allows it: bounds the logits held
+
+
+class Rows:
+    """One cache for several texts, and what comes next in each.
+
+    stage: the model. logits: `[rows, vocabulary]` of the next token; None before anything was fed.
+    """
+
+    def __init__(self, stage: Stage, recipe: Recipe) -> None:
+        self.stage = stage
+        self.cache = HiveCache.for_model(stage.model, recipe)
+        self.logits: Tensor | None = None
+        self._mask: Tensor | None = None  # bool [rows, seen], False for padding
+        self._singly = needs_single_steps(self.cache)
+
+    def read(self, ids: Tensor, real: Tensor, block: int | None = None) -> None:
+        """Prompts `[rows, tokens]`: in one step, or in blocks after each of which rows evict.
+
+        real: bool, as `ids`, False for padding.
+        """
+        for start, stop in _cuts(ids.shape[1], block or ids.shape[1]):
+            self._step(ids[:, start:stop], real[:, start:stop], 1)
+
+    def stream(self, ids: Tensor, real: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """As `read`, scoring each token under what the block before left: `[rows, tokens - 1]`."""
+        return self._scored(ids, real, _cuts(ids.shape[1] - 1, block))
+
+    def follow(self, ids: Tensor, real: Tensor) -> None:
+        """Feed tokens as decoding would: nothing is compressed anew."""
+        for start, stop in _cuts(ids.shape[1], self._size()):
+            self._step(ids[:, start:stop], real[:, start:stop], 1)
+
+    def score(self, ids: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Tokens `[texts, tokens]`, each text to come next in one of `rows`, fed as decoding would.
+
+        Of every token its log probability (float64) and whether it was the likeliest. The rows stay
+        as they are, and may be named more than once.
+        """
+        if self.logits is None:
+            raise ValueError("nothing was read yet, so there is no first token to score")
+        index = torch.tensor(rows)
+        first = score(self.logits[index.to(self.logits.device)], ids[:, 0].to(self.logits.device))
+        parts = [(first[0][:, None], first[1][:, None])]
+        if ids.shape[1] > 1:
+            copy = self._take(index)
+            cuts = _cuts(ids.shape[1] - 1, copy._size())
+            parts.append(copy._scored(ids, torch.ones_like(ids, dtype=torch.bool), cuts))
+        logprobs, hits = (torch.cat(kind, 1) for kind in zip(*parts, strict=True))
+        return logprobs, hits
+
+    def _take(self, index: Tensor) -> Rows:
+        """A copy with these rows, in this order."""
+        copy = Rows(self.stage, self.cache.recipe)
+        copy.cache = self.cache.fork()
+        copy.cache.batch_select_indices(index.to(self.stage.model.device))
+        copy._mask = None if self._mask is None else self._mask[index]
+        return copy
+
+    def _size(self) -> int:
+        """Tokens to a step that is to be like decoding."""
+        if self._singly:
+            return 1
+        self.cache.freeze()
+        return AT_ONCE
+
+    def _scored(
+        self, ids: Tensor, real: Tensor, cuts: Iterator[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Feed all but the last token; score each but the first."""
+        logprobs = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.float64)
+        hits = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
+        for start, stop in cuts:
+            said = self._step(ids[:, start:stop], real[:, start:stop], stop - start)
+            wanted = ids[:, start + 1 : stop + 1].to(said.device)
+            for place in range(stop - start):
+                at = start + place
+                logprobs[:, at], hits[:, at] = score(said[:, place], wanted[:, place])
+        return logprobs, hits
+
+    def _step(self, ids: Tensor, real: Tensor, keep: int) -> Tensor:
+        self._mask = real if self._mask is None else torch.cat([self._mask, real], 1)
+        mask = self._mask.to(self.stage.model.device, torch.int64)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        said = self.stage.step(self.cache, ids, keep, attention_mask=mask, position_ids=positions)
+        self.logits = said[:, -1]
+        return said
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids `[rows, longest]` with padding on the left, and where they are real."""
+    width = max(map(len, texts))
+    ids = torch.tensor([[*[0] * (width - len(text)), *text] for text in texts], dtype=torch.int64)
+    lengths = torch.tensor([len(text) for text in texts])
+    return ids, torch.arange(width) >= width - lengths[:, None]
+
+
+def _cuts(width: int, size: int) -> Iterator[tuple[int, int]]:
+    """Steps of `size` tokens, the first of what is left over."""
+    return pairwise(sorted({0, *range(width, 0, -max(1, size))}))

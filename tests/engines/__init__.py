@@ -1,0 +1,1 @@
+"""Recipes inside other engines."""
