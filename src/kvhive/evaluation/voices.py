@@ -117,18 +117,15 @@ class Stage:
                 parts = self.sing(caches, [[block]] * len(caches), keep=1)
                 logits = {place: rows[0, -1] for place, rows in enumerate(parts)}
         return [
-            Voice(str(recipe), cache, logits.get(place), needs_single_steps(cache))
+            Voice(
+                str(recipe),
+                cache,
+                logits.get(place),
+                singly=not self.hold and needs_single_steps(cache),
+            )
             for place, (recipe, cache) in enumerate(zip(recipes, caches, strict=True))
         ]
 
-<<<<<<< HEAD
-    def _singly(self, cache: HiveCache) -> bool:
-        if self.hold:
-            return False
-        return evicts_while_decoding(cache.recipe) or not reads_like_others(cache)
-
-=======
->>>>>>> hb/main
     # ---- going on -------------------------------------------------------------------------------
 
     @torch.no_grad()
