@@ -25,9 +25,9 @@ class Settings:
     full cache is added. modes: which of a task's modes to run; "stream" tasks know no question and
     run in any case. limit: items a task. data: a folder, "hub" or "builtin"; None asks
     `KVHIVE_DATA`. block: None reads prompts in one step; a number feeds them in blocks of so many
-    tokens. hold: evict nothing after the prompt. threads: CPU threads of a worker; None leaves it to
-    torch. plugins: files or modules that register tasks or methods of your own; every worker loads
-    them.
+    tokens. hold: evict nothing after the prompt. threads: CPU threads of a worker; None leaves it
+    to torch. plugins: files or modules that register tasks or methods of your own; every worker
+    loads them.
     """
 
     model: str = "smollm2"
