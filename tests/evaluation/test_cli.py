@@ -29,12 +29,13 @@ def test_a_run_and_its_reports(folder, tmp_path):
     for words in ("passkey", "h2o@70", "no context", "leaderboard"):
         assert words in done.stdout
     assert "within 4 standard errors of the floor" in done.stderr.replace("\n", " ")
-    page, figures = tmp_path / "r.html", tmp_path / "r.csv"
-    told = call("report", out, "--html", page, "--csv", figures)
+    page, figures, tables = (tmp_path / f"r.{kind}" for kind in ("html", "csv", "md"))
+    told = call("report", out, "--html", page, "--csv", figures, "--markdown", tables)
     assert told.exit_code == 0, told.output
     assert told.stdout == done.stdout
     assert "<title>run - kvhive report</title>" in page.read_text(encoding="utf-8")
     assert figures.read_text(encoding="utf-8").startswith("task,mode,recipe,measure")
+    assert tables.read_text(encoding="utf-8").startswith("# run\n")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from kvhive.evaluation.report.charts import Point, heat_map, quality_plot, ticks, turn_plot
 from kvhive.evaluation.report.csv import COLUMNS, as_csv
+from kvhive.evaluation.report.markdown import as_markdown
 from kvhive.evaluation.report.page import report_page
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.report.table import leaderboard, task_tables
@@ -35,7 +37,7 @@ TASKS = (
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a<b>"
     settings = Settings(
         model=str(folder),
@@ -45,7 +47,12 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         data="builtin",
         dtype="float32",
     )
-    return Run.read(evaluate(replace(settings, modes=("agnostic",)), out))
+    return evaluate(replace(settings, modes=("agnostic",)), out)
+
+
+@pytest.fixture(scope="module")
+def run(ran: Path) -> Run:
+    return Run.read(ran)
 
 
 def shown(run: Run, width: int = 100) -> str:
@@ -115,6 +122,32 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def test_markdown_has_a_line_for_every_recipe_of_every_task(run):
+    text = as_markdown(run, "kvhive report here")
+    assert text.startswith(f"# {run.name}\n")
+    assert text.endswith("`kvhive report here`.\n")
+    tables = text.split("\n## ")[1:]
+    assert len(tables) == 1 + len(run.parts)
+    for (task, mode), table in zip(run.parts, tables[1:], strict=True):
+        rows = [line for line in table.splitlines() if line.startswith("| ")]
+        assert table.startswith(f"{task}, {mode}: ")
+        names = [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]]
+        scores = run.headline(task, mode)
+        assert names == ["no context" if s.recipe == "none" else s.recipe for s in scores]
+        assert {row.count(" | ") for row in rows} == {5}
+        assert f"| {scores[0].score.value:.4g} |" in rows[2]
+
+
+def test_a_packed_run_reads_as_the_one_it_was(run, ran, tmp_path):
+    (tmp_path / "run.json").write_bytes((ran / "run.json").read_bytes())
+    packed = gzip.compress((ran / "rows.jsonl").read_bytes())
+    (tmp_path / "rows.jsonl.gz").write_bytes(packed)
+    assert Run.read(tmp_path).rows == run.rows
+    (tmp_path / "rows.jsonl.gz").write_bytes(packed[:-20])
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz' is damaged"):
+        Run.read(tmp_path)
 
 
 def test_the_page_stands_alone_and_is_well_formed(run):

@@ -23,6 +23,9 @@ def report(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write every figure as CSV.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.")
     ] = None,
@@ -34,13 +37,14 @@ def report(
     [dim]$[/dim] kvhive report runs/first --csv first.csv --html first.html
     """
     from kvhive.evaluation.report.csv import as_csv
+    from kvhive.evaluation.report.markdown import as_markdown
     from kvhive.evaluation.report.page import report_page
     from kvhive.evaluation.report.run import Run
     from kvhive.html.page import check_writable, write_page
     from kvhive.plugins import load_plugins
 
     load_plugins(plugin or ())
-    for path in (csv, html):
+    for path in (csv, markdown, html):
         if path is not None:
             check_writable(path)
     run = Run.read(folder)
@@ -48,6 +52,9 @@ def report(
     if csv is not None:
         write_page(csv, as_csv(run.scores))
         err().print(f"figures: {csv}", soft_wrap=True)
+    if markdown is not None:
+        write_page(markdown, as_markdown(run, command_line()))
+        err().print(f"tables: {markdown}", soft_wrap=True)
     if html is not None:
         write_page(html, report_page(run, command_line()))
         err().print(f"report: {html}", soft_wrap=True)

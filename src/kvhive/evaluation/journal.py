@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from typing import IO, Any
 
 Row = dict[str, Any]
 RUN, ROWS, LOCK = "run.json", "rows.jsonl", "lock"
+PACKED = f"{ROWS}.gz"  # rows of a run that was published
 _SAME = ("model_sha256", "data", "plugin_sha256")  # facts that identify a run: checksums
 
 
@@ -117,10 +120,11 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_rows(folder: Path) -> list[Row]:
     """All whole lines of `rows.jsonl`; a last line that was cut off by a crash is left out.
 
-    Raises `ValueError` for damage anywhere else.
+    A run that was published may hold them as `rows.jsonl.gz`. Raises `ValueError` for damage
+    anywhere else.
     """
     path = folder / ROWS
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = _bytes(folder).split(b"\n")
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -132,6 +136,16 @@ def read_rows(folder: Path) -> list[Row]:
                 where = f"{str(path)!r} is damaged in line {number}"
                 raise ValueError(f"{where}; delete that line") from None
     return rows
+
+
+def _bytes(folder: Path) -> bytes:
+    if (folder / ROWS).exists():
+        return (folder / ROWS).read_bytes()
+    packed = folder / PACKED
+    try:
+        return gzip.decompress(packed.read_bytes()) if packed.exists() else b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{str(packed)!r} is damaged: {error}") from None
 
 
 def _line(row: Row) -> bytes:

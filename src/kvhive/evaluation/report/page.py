@@ -81,9 +81,7 @@ def _legend(colours: Mapping[str, str]) -> str:
 
 
 def _leaderboard(run: Run) -> str:
-    modes = [
-        m for m in ("agnostic", "aware", "stream") if any(m in s.skills for s in run.standings)
-    ]
+    modes = run.modes
     parts = [part for part in run.parts if run.headline(*part)]
     titles = ["recipe", "kept", "bytes", *(f"skill<br><small>{mode}</small>" for mode in modes)]
     for task, mode in parts:

@@ -41,6 +41,12 @@ class Run:
         """(task, mode) in the order they were run."""
         return list(dict.fromkeys((row["task"], row["mode"]) for row in self.rows))
 
+    @property
+    def modes(self) -> list[str]:
+        """Those in which some task can show a loss."""
+        found = {mode for one in self.standings for mode in one.skills}
+        return [mode for mode in ("agnostic", "aware", "stream") if mode in found]
+
     def headline(self, task: str, mode: str) -> list[Score]:
         """Every recipe's score in the task's first measure that it has."""
         part = [one for one in self.scores if (one.task, one.mode) == (task, mode)]

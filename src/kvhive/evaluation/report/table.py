@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.settings import NONE
-from kvhive.evaluation.statistics import FULL, Interval, Score
+from kvhive.evaluation.statistics import FULL, Interval, Score, Standing
 from kvhive.report import MIB
+
+SCORE_TITLES = ("score", "of full", "minus full", "kept", "MiB")
 
 
 def leaderboard(run: Run) -> Table:
     """Recipes by mean skill over the tasks that can show a loss."""
-    modes = [mode for mode in ("agnostic", "aware", "stream") if _has(run, mode)]
     table = _frame("leaderboard: 100 % like the full cache, 0 % like no context")
     table.add_column("recipe", overflow="fold")
-    for title in ("kept", "bytes", *modes):
+    for title in ("kept", "bytes", *run.modes):
         table.add_column(title, justify="right", no_wrap=True)
     for one in run.standings:
-        told = [_share(one.skills.get(mode)) for mode in modes]
-        table.add_row(Text(one.recipe, style="bold"), f"{one.kept:.0%}", f"{one.bytes:.0%}", *told)
+        name, *cells = standing_cells(one, run.modes)
+        table.add_row(Text(name, style="bold"), *cells)
     return table
 
 
@@ -32,28 +35,38 @@ def task_tables(run: Run) -> list[Table]:
         scores = run.headline(task, mode)
         if not scores:
             continue
-        first = scores[0]
-        arrow = "lower is better" if first.measure.lower_is_better else "higher is better"
-        table = _frame(f"{task}, {mode}: {first.measure.name} ({arrow}), {first.items} items")
+        table = _frame(score_title(scores[0]))
         table.add_column("recipe", overflow="fold")
-        for title in ("score", "of full", "minus full", "kept", "MiB"):
+        for title in SCORE_TITLES:
             table.add_column(title, justify="right", no_wrap=True)
         for score in scores:
-            table.add_row(*_cells(score))
+            name, *cells = score_cells(score)
+            style = "dim" if score.recipe == NONE else ""
+            table.add_row(Text(name, style=style or "bold"), *(Text(c, style=style) for c in cells))
         tables.append(table)
     return tables
 
 
-def _cells(score: Score) -> list[Text]:
-    name = "no context" if score.recipe == NONE else score.recipe
-    plain = [f"{score.score.value:.4g}"]
+def score_title(score: Score) -> str:
+    """Task, mode, measure and how many items, as a heading."""
+    arrow = "lower is better" if score.measure.lower_is_better else "higher is better"
+    return f"{score.task}, {score.mode}: {score.measure.name} ({arrow}), {score.items} items"
+
+
+def score_cells(score: Score) -> list[str]:
+    """A line of a task's table: the recipe's name, then `SCORE_TITLES`."""
+    cells = ["no context" if score.recipe == NONE else score.recipe, f"{score.score.value:.4g}"]
     if score.recipe == FULL:
-        plain += ["", ""]
+        cells += ["", ""]
     else:
-        plain += [_share(score.ratio), _with_half(score.difference)]
-    plain += [f"{score.kept:,.0f}", f"{score.nbytes / MIB:.2f}"]
-    style = "dim" if score.recipe == NONE else ""
-    return [Text(name, style=style or "bold"), *(Text(cell, style=style) for cell in plain)]
+        cells += [_share(score.ratio), _with_half(score.difference)]
+    return [*cells, f"{score.kept:,.0f}", f"{score.nbytes / MIB:.2f}"]
+
+
+def standing_cells(one: Standing, modes: Sequence[str]) -> list[str]:
+    """A line of the leaderboard: the recipe's name, kept, bytes, and its skill in each mode."""
+    told = [_share(one.skills.get(mode)) for mode in modes]
+    return [one.recipe, f"{one.kept:.0%}", f"{one.bytes:.0%}", *told]
 
 
 def _with_half(figure: Interval) -> str:
@@ -65,10 +78,6 @@ def _share(figure: Interval | None) -> str:
         return "-"
     half = (figure.high - figure.low) / 2
     return f"{figure.value:.1%} ± {100 * half:.1f}"
-
-
-def _has(run: Run, mode: str) -> bool:
-    return any(mode in one.skills for one in run.standings)
 
 
 def _frame(title: str) -> Table:

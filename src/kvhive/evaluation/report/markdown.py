@@ -1,0 +1,58 @@
+"""A run as Markdown: the leaderboard and every task, for documents and pull requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kvhive.evaluation.report.run import Run
+from kvhive.evaluation.report.table import (
+    SCORE_TITLES,
+    score_cells,
+    score_title,
+    standing_cells,
+)
+
+_SHOWN = ("kvhive", "torch", "transformers", "machine", "threads", "model_sha256")
+
+
+def as_markdown(run: Run, command: str) -> str:
+    """The text of the file. command: what made it."""
+    settings, facts = run.settings, run.facts
+    how = {name: settings[name] for name in ("model", "dtype", "limit", "seed", "block", "hold")}
+    told = {**how, **{name: facts[name] for name in _SHOWN}}
+    lines = [
+        f"# {run.name}",
+        "",
+        ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) + ".",
+        "± is half of a 95 % bootstrap interval, paired with the full cache on the same items. MiB",
+        "are counted when decoding begins. Skill is (score - floor) / (full - floor); the floor is",
+        "the full cache without the context.",
+        *(f"\n**{sentence}.**" for sentence in run.unclear()),
+        "",
+        "## leaderboard: mean skill",
+        "",
+        *_table(
+            ("recipe", "kept", "bytes", *run.modes),
+            (standing_cells(one, run.modes) for one in run.standings),
+        ),
+    ]
+    for task, mode in run.parts:
+        scores = run.headline(task, mode)
+        if scores:
+            titles = ("recipe", *SCORE_TITLES)
+            lines += [
+                "",
+                f"## {score_title(scores[0])}",
+                "",
+                *_table(titles, map(score_cells, scores)),
+            ]
+    return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    head = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
+    return [*head, *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
