@@ -3,7 +3,8 @@
     python benchmarks/cost.py --prompt 4096 --budget 1024 --new 128 --rounds 3
     python benchmarks/cost.py --recipe h2o --recipe "snapkv(window=64)"
 
-Both are ratios of runs made side by side; each figure is a median over rounds.
+Both are ratios of runs made side by side, in CPU seconds of the process, which a busy machine
+disturbs less than the clock on the wall; each figure is a median over rounds.
 
 *Prefill*: seconds to read the prompt, over those of `full` (kvhive's own path without a policy) run
 right before it.
@@ -43,7 +44,7 @@ DECODE_BOUND = 0.15  # of the attention of a layer
 
 @dataclass(frozen=True)
 class Cost:
-    """One round of one recipe, in seconds; `layers` are per decoded token, of all layers."""
+    """One round of one recipe, in CPU seconds; `layers` are per decoded token, of all layers."""
 
     prefill: float
     full_prefill: float
@@ -63,9 +64,9 @@ class Clock:
 
     def _timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **settings: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             result = step(*arguments, **settings)
-            self.seconds += time.perf_counter() - start
+            self.seconds += time.process_time() - start
             return result
 
         return run
@@ -77,9 +78,9 @@ class Run:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, recipe: str, ids: Tensor) -> None:
         self.model, self.cache = model, kvhive.HiveCache.for_model(model, recipe)
-        start = time.perf_counter()
+        start = time.process_time()
         logits = model(ids, past_key_values=self.cache, logits_to_keep=1).logits
-        self.prefill = time.perf_counter() - start
+        self.prefill = time.process_time() - start
         self.token = logits[:, -1:].argmax(-1)
 
     @torch.no_grad()
