@@ -18,6 +18,7 @@ from rich.console import Console
 
 from kvhive.evaluation.report.charts import Point, heat_map, quality_plot, ticks, turn_plot
 from kvhive.evaluation.report.csv import COLUMNS, as_csv
+from kvhive.evaluation.report.join import join
 from kvhive.evaluation.report.markdown import as_markdown
 from kvhive.evaluation.report.page import report_page
 from kvhive.evaluation.report.run import Run
@@ -148,6 +149,48 @@ def test_a_packed_run_reads_as_the_one_it_was(run, ran, tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(packed[:-20])
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz' is damaged"):
         Run.read(tmp_path)
+
+
+def of_items(run: Run, name: str, recipe: str, items: range) -> Run:
+    """The part of a run with these items of each task, and this recipe."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for row in run.rows:
+        told = names.setdefault((row["task"], row["mode"]), [])
+        told += [row["item"]] * (row["item"] not in told)
+    rows = [
+        row
+        for row in run.rows
+        if row["recipe"] in ("full", "none", recipe)
+        and names[row["task"], row["mode"]].index(row["item"]) in items
+    ]
+    return Run.made_of(name, {**run.settings, "recipes": ["full", recipe]}, run.facts, rows)
+
+
+def test_runs_of_other_recipes_on_the_same_items_are_joined(run):
+    one = of_items(run, "one", "h2o@0.3", range(3))
+    other = of_items(run, "other", "streaming_llm@90", range(1, 4))
+    joined = join([one, other])
+    assert joined.name == "one + other"
+    assert joined.settings["recipes"] == ["full", "h2o@0.3", "streaming_llm@90"]
+    wanted = [row for row in run.rows if row in one.rows or row["recipe"] == "streaming_llm@90"]
+    shared = {(r["task"], r["item"]) for r in one.rows} & {
+        (r["task"], r["item"]) for r in other.rows
+    }
+    wanted = [row for row in wanted if (row["task"], row["item"]) in shared]
+    assert sorted(map(str, joined.rows)) == sorted(map(str, wanted))
+    assert join([run]).rows == run.rows
+
+
+def test_runs_under_other_conditions_are_not_joined(run):
+    other = replace(run, name="other", settings={**run.settings, "seed": 7})
+    with pytest.raises(ValueError, match=r"differ in seed \(0 and 7\); only runs of the same"):
+        join([run, other])
+    apart = [
+        of_items(run, name, "h2o@0.3", items)
+        for name, items in (("one", range(2)), ("two", range(2, 4)))
+    ]
+    with pytest.raises(ValueError, match="the runs one, two have no item in common"):
+        join(apart)
 
 
 def test_the_page_stands_alone_and_is_well_formed(run):

@@ -19,7 +19,13 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What evaluate wrote to.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="What evaluate wrote to. Several are joined: other recipes, same items.",
+        ),
+    ],
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write every figure as CSV.")
     ] = None,
@@ -37,6 +43,7 @@ def report(
     [dim]$[/dim] kvhive report runs/first --csv first.csv --html first.html
     """
     from kvhive.evaluation.report.csv import as_csv
+    from kvhive.evaluation.report.join import join
     from kvhive.evaluation.report.markdown import as_markdown
     from kvhive.evaluation.report.page import report_page
     from kvhive.evaluation.report.run import Run
@@ -47,7 +54,7 @@ def report(
     for path in (csv, markdown, html):
         if path is not None:
             check_writable(path)
-    run = Run.read(folder)
+    run = join([Run.read(folder) for folder in folders])
     show(run)
     if csv is not None:
         write_page(csv, as_csv(run.scores))

@@ -33,7 +33,13 @@ class Run:
             raise ValueError(f"{str(folder)!r} holds no results yet; run kvhive evaluate first")
         settings, facts = recorded["settings"], recorded["facts"]
         _check_known(rows, facts)
-        name = folder.resolve().name
+        return cls.made_of(folder.resolve().name, settings, facts, rows)
+
+    @classmethod
+    def made_of(
+        cls, name: str, settings: Mapping[str, Any], facts: Mapping[str, Any], rows: list[Row]
+    ) -> Run:
+        """With the figures that follow from the rows."""
         return cls(name, settings, facts, rows, scores(rows), standings(rows))
 
     @property
