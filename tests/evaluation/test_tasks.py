@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -262,3 +264,9 @@ def test_groups_are_known_tasks():
 def test_bad_spellings_are_told(text, message):
     with pytest.raises(ValueError, match=message):
         parse_task(text)
+
+
+def test_the_documentation_names_every_task():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    assert {name for line in lines for name in re.findall(r"`(\w+)`", line)} >= set(TASKS)
