@@ -193,6 +193,21 @@ def test_runs_under_other_conditions_are_not_joined(run):
         join(apart)
 
 
+def test_another_recipe_than_the_full_cache_can_be_the_measure(run):
+    seen = run.against("h2o@0.3")
+    for one, usual in zip(seen.scores, run.scores, strict=True):
+        assert (one.score, one.full, one.skill) == (usual.score, usual.full, usual.skill)
+        if one.recipe == "h2o@0.3":
+            assert one.difference == Interval(0.0, 0.0, 0.0)
+    lines = shown(seen, width=140)
+    assert "minus h2o@0.3" in lines
+    assert "minus full" not in lines
+    (full, h2o) = (s.score.value for s in run.headline(*run.parts[0])[:2])
+    assert seen.headline(*run.parts[0])[0].difference.value == pytest.approx(full - h2o)
+    with pytest.raises(ValueError, match="no recipe 'tova@9' to compare with; it has full, h2o"):
+        run.against("tova@9")
+
+
 def test_the_page_stands_alone_and_is_well_formed(run):
     text = report_page(run, "kvhive report 'a<b>'")
     page = Page(text)

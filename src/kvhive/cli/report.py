@@ -26,6 +26,10 @@ def report(
             help="What evaluate wrote to. Several are joined: other recipes, same items.",
         ),
     ],
+    against: Annotated[
+        str,
+        typer.Option(metavar="RECIPE", help="What differences, ratios and intervals refer to."),
+    ] = "full",
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write every figure as CSV.")
     ] = None,
@@ -49,12 +53,13 @@ def report(
     from kvhive.evaluation.report.run import Run
     from kvhive.html.page import check_writable, write_page
     from kvhive.plugins import load_plugins
+    from kvhive.recipe import Recipe
 
     load_plugins(plugin or ())
     for path in (csv, markdown, html):
         if path is not None:
             check_writable(path)
-    run = join([Run.read(folder) for folder in folders])
+    run = join([Run.read(folder) for folder in folders]).against(str(Recipe.parse(against)))
     show(run)
     if csv is not None:
         write_page(csv, as_csv(run.scores))

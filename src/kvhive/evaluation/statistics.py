@@ -42,11 +42,13 @@ class Interval:
 class Score:
     """One measure of one recipe on one task in one mode.
 
-    score: as shown (perplexity is exp of the mean loss). difference: minus the full cache's,
-    paired. ratio: score / full, or full / score where lower is better, so that 1 is no loss; None
-    where a ratio means nothing. skill: (score - floor) / (full - floor), 1 like the full cache, 0
-    like no context; None without a floor. items: how many; clear: whether the full cache is at
-    least 4 standard errors better than the floor.
+    score: as shown (perplexity is exp of the mean loss). against: the recipe it is compared with,
+    the full cache unless another was asked for. difference: minus that one's score, paired. ratio:
+    score / its score, or the inverse where lower is better, so that 1 is no loss; None where a
+    ratio means nothing. full, floor: the scores with the full cache and with no context. skill:
+    (score - floor) / (full - floor), 1 like the full cache, 0 like no context; None without a
+    floor. items: how many; clear: whether the full cache is at least 4 standard errors better than
+    the floor.
     """
 
     task: str
@@ -55,6 +57,7 @@ class Score:
     measure: Measure
     items: int
     score: Interval
+    against: str
     full: float
     floor: float | None
     difference: Interval
@@ -108,21 +111,24 @@ def interval(values: Numbers) -> Interval:
     return Interval(float(values[0]), float(low), float(high))
 
 
-def scores(rows: Sequence[Row]) -> list[Score]:
-    """All figures of a run, in the order of its rows."""
-    return [score for key, part in _by_task(rows).items() for score in _scores_of(*key, part)]
+def scores(rows: Sequence[Row], against: str = FULL) -> list[Score]:
+    """All figures of a run, in the order of its rows; differences and ratios to recipe
+    `against`.
+    """
+    parts = _by_task(rows).items()
+    return [score for key, part in parts for score in _scores_of(*key, part, against)]
 
 
-def _scores_of(task: str, mode: str, rows: Sequence[Row]) -> Iterable[Score]:
+def _scores_of(task: str, mode: str, rows: Sequence[Row], against: str) -> Iterable[Score]:
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     for measure in parse_task(task).measures:
         sample = sample_of(rows, measure.name)
-        if sample is None or FULL not in sample.values:
+        if sample is None or not {FULL, against} <= sample.values.keys():
             continue
         for recipe in recipes:
             if recipe in sample.values:
                 held = [row for row in rows if row["recipe"] == recipe]
-                yield _score(task, mode, recipe, measure, sample, held)
+                yield _score(task, mode, recipe, measure, sample, held, against)
 
 
 def sample_of(rows: Sequence[Row], measure: str) -> Sample | None:
@@ -146,10 +152,16 @@ def sample_of(rows: Sequence[Row], measure: str) -> Sample | None:
 
 
 def _score(
-    task: str, mode: str, recipe: str, measure: Measure, sample: Sample, held: Sequence[Row]
+    task: str,
+    mode: str,
+    recipe: str,
+    measure: Measure,
+    sample: Sample,
+    held: Sequence[Row],
+    against: str,
 ) -> Score:
     shown = np.exp if measure.unit == "perplexity" else np.asarray
-    ours, full = shown(sample.means(recipe)), shown(sample.means(FULL))
+    ours, other = shown(sample.means(recipe)), shown(sample.means(against))
     floor = float(shown(sample.means(NONE))[0]) if NONE in sample.values else None
     skill = _skill(sample, recipe)
     return Score(
@@ -159,10 +171,11 @@ def _score(
         measure,
         len(sample.clusters),
         interval(ours),
-        float(full[0]),
+        against,
+        float(shown(sample.means(FULL))[0]),
         floor,
-        interval(ours - full),
-        _ratio(ours, full, measure),
+        interval(ours - other),
+        _ratio(ours, other, measure),
         None if skill is None else interval(skill[~np.isnan(skill)]),
         clear_of_floor(sample, measure),
         *(_mean_of(held, name) for name in ("kept", "seen", "bytes", "full_bytes")),

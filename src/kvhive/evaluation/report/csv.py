@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from kvhive.evaluation.statistics import Interval, Score
 
 COLUMNS = (
-    *("task", "mode", "recipe", "measure", "items", "score", "score_low", "score_high", "full"),
-    *("floor", "difference", "difference_low", "difference_high", "ratio", "ratio_low"),
+    *("task", "mode", "recipe", "measure", "items", "score", "score_low", "score_high", "against"),
+    *("full", "floor", "difference", "difference_low", "difference_high", "ratio", "ratio_low"),
     *("ratio_high", "skill", "skill_low", "skill_high", "clear_of_floor", "lower_is_better"),
     *("tokens_seen", "tokens_kept", "cache_bytes", "full_cache_bytes"),
 )
@@ -25,7 +25,7 @@ def as_csv(scores: Iterable[Score]) -> str:
         writer.writerow(
             [
                 *(one.task, one.mode, one.recipe, one.measure.name, one.items),
-                *(*_three(one.score), _short(one.full), _short(one.floor)),
+                *(*_three(one.score), one.against, _short(one.full), _short(one.floor)),
                 *(*_three(one.difference), *_three(one.ratio), *_three(one.skill)),
                 *(int(one.clear), int(one.measure.lower_is_better)),
                 *(f"{one.seen:.1f}", f"{one.kept:.1f}"),

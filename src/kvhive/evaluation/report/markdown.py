@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.report.table import (
-    SCORE_TITLES,
     score_cells,
     score_title,
+    score_titles,
     standing_cells,
 )
 
@@ -24,7 +24,7 @@ def as_markdown(run: Run, command: str) -> str:
         f"# {run.name}",
         "",
         ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) + ".",
-        "± is half of a 95 % bootstrap interval, paired with the full cache on the same items. MiB",
+        "± is half of a 95 % bootstrap interval, paired on the same items in comparisons. MiB",
         "are counted when decoding begins. Skill is (score - floor) / (full - floor); the floor is",
         "the full cache without the context.",
         *(f"\n**{sentence}.**" for sentence in run.unclear()),
@@ -39,7 +39,7 @@ def as_markdown(run: Run, command: str) -> str:
     for task, mode in run.parts:
         scores = run.headline(task, mode)
         if scores:
-            titles = ("recipe", *SCORE_TITLES)
+            titles = ("recipe", *score_titles(scores[0]))
             lines += [
                 "",
                 f"## {score_title(scores[0])}",

@@ -122,7 +122,8 @@ def _percent(figure: Interval | None) -> str:
 
 def _score_cell(score: Score) -> str:
     """A score that opens its items."""
-    ratio = "" if score.ratio is None else f"<br><small>{score.ratio.value:.0%} of full</small>"
+    share = "" if score.ratio is None else f"{score.ratio.value:.0%} of {escape(score.against)}"
+    ratio = share and f"<br><small>{share}</small>"
     key = escape(json.dumps([score.task, score.mode, score.recipe, score.measure.name]))
     value = score.score.value
     dim = "" if score.clear else ' class="dim"'

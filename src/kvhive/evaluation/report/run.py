@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,16 @@ class Run:
         """Those in which some task can show a loss."""
         found = {mode for one in self.standings for mode in one.skills}
         return [mode for mode in ("agnostic", "aware", "stream") if mode in found]
+
+    def against(self, recipe: str) -> Run:
+        """With differences and ratios to another recipe than the full cache.
+
+        Raises `ValueError` for a recipe that was not run.
+        """
+        if recipe not in self.settings["recipes"]:
+            known = ", ".join(self.settings["recipes"])
+            raise ValueError(f"the run has no recipe {recipe!r} to compare with; it has {known}")
+        return replace(self, scores=scores(self.rows, recipe))
 
     def headline(self, task: str, mode: str) -> list[Score]:
         """Every recipe's score in the task's first measure that it has."""

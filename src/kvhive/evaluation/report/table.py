@@ -10,10 +10,8 @@ from rich.text import Text
 
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.settings import NONE
-from kvhive.evaluation.statistics import FULL, Interval, Score, Standing
+from kvhive.evaluation.statistics import Interval, Score, Standing
 from kvhive.report import MIB
-
-SCORE_TITLES = ("score", "of full", "minus full", "kept", "MiB")
 
 
 def leaderboard(run: Run) -> Table:
@@ -37,7 +35,7 @@ def task_tables(run: Run) -> list[Table]:
             continue
         table = _frame(score_title(scores[0]))
         table.add_column("recipe", overflow="fold")
-        for title in SCORE_TITLES:
+        for title in score_titles(scores[0]):
             table.add_column(title, justify="right", no_wrap=True)
         for score in scores:
             name, *cells = score_cells(score)
@@ -53,10 +51,15 @@ def score_title(score: Score) -> str:
     return f"{score.task}, {score.mode}: {score.measure.name} ({arrow}), {score.items} items"
 
 
+def score_titles(score: Score) -> tuple[str, ...]:
+    """Headings of a task's table, behind the recipe's name."""
+    return "score", f"of {score.against}", f"minus {score.against}", "kept", "MiB"
+
+
 def score_cells(score: Score) -> list[str]:
-    """A line of a task's table: the recipe's name, then `SCORE_TITLES`."""
+    """A line of a task's table: the recipe's name, then what `score_titles` says."""
     cells = ["no context" if score.recipe == NONE else score.recipe, f"{score.score.value:.4g}"]
-    if score.recipe == FULL:
+    if score.recipe == score.against:
         cells += ["", ""]
     else:
         cells += [_share(score.ratio), _with_half(score.difference)]
