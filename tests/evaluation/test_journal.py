@@ -15,7 +15,9 @@ SETTINGS = {"recipes": ["full", "h2o@0.4"], "limit": 3}
 
 
 def unit(item: str) -> list[dict[str, object]]:
-    return [{"item": item, "recipe": recipe} for recipe in ("full", "none")]
+    told = {"task": "kv", "mode": "aware", "item": item, "cluster": item}
+    more: dict[str, object] = {"scores": {"nll": 1.5}, "probes": [], "facts": {}}
+    return [{**told, "recipe": recipe, **more} for recipe in ("full", "none")]
 
 
 def test_rows_come_back(tmp_path):
@@ -39,11 +41,17 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_rows(tmp_path) == unit("a")
 
 
-def test_other_damage_is_told(tmp_path):
-    (tmp_path / ROWS).write_bytes(b'{"item": 1}\nrubbish\n{"item": 2}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl' is damaged in line 2"):
+@pytest.mark.parametrize("damage", [b"rubbish", b"\xff\xfe\x00", b"[1, 2]", b"3", b'{"item": "b"}'])
+def test_other_damage_is_told(tmp_path, damage):
+    one = json.dumps(unit("a")[0]).encode()
+    (tmp_path / ROWS).write_bytes(b"\n".join([one, damage, one, b""]))
+    with pytest.raises(ValueError, match=r"rows\.jsonl' is damaged in line 2: expected .* delete"):
         read_rows(tmp_path)
-    (tmp_path / RUN).write_text("{")
+
+
+@pytest.mark.parametrize("damage", [b"{", b"\xff", b"[]", b"{}", b'{"settings": {}, "facts": 3}'])
+def test_a_damaged_run_is_told(tmp_path, damage):
+    (tmp_path / RUN).write_bytes(damage)
     with pytest.raises(ValueError, match=r"run\.json' is damaged"):
         read_run(tmp_path)
 
@@ -64,10 +72,20 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path):
         pass
 
 
+def test_a_folder_that_cannot_be_used_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with (
+            pytest.raises(OSError, match=r"cannot write to the folder .*; choose another"),
+            Journal(place),
+        ):
+            pass
+
+
 @pytest.mark.parametrize(
     ("settings", "facts", "message"),
     [
-        ({**SETTINGS, "limit": 4}, FACTS, "another limit 3"),
+        ({**SETTINGS, "limit": 4}, FACTS, "a run with limit 3, not 4;"),
         (SETTINGS, {**FACTS, "model_sha256": "x"}, "another model_sha256"),
         (SETTINGS, {**FACTS, "data": {"books": "sha256:2"}}, "another data"),
     ],
@@ -108,13 +126,30 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         journal.append(unit("a"))
         with monkeypatch.context() as patch:
             patch.setattr(module, "_write", full)
-            with pytest.raises(
-                OSError, match="is full; nothing is lost: make room and run the same"
-            ):
+            with pytest.raises(OSError, match="nothing is lost: make room and run the same"):
                 journal.append(unit("b"))
         assert read_rows(tmp_path) == unit("a")
         journal.append(unit("c"))
     assert read_rows(tmp_path) == [*unit("a"), *unit("c")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_full_at_the_very_end_loses_nothing(tmp_path, monkeypatch, number):
+    """There is no room for the rows in order beside those that are there."""
+
+    def full(file, data):
+        raise OSError(number, "no room")
+
+    with Journal(tmp_path) as journal:
+        journal.begin(SETTINGS, FACTS)
+        journal.append(unit("b"))
+        journal.append(unit("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write", full)
+            with pytest.raises(OSError, match="nothing is lost: make room and run the same"):
+                journal.finish(lambda row: row["item"])
+    assert read_rows(tmp_path) == [*unit("b"), *unit("a")]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_finished_rows_are_in_order(tmp_path):

@@ -78,7 +78,7 @@ def test_the_pages_task_runs_in_workers_and_is_reported(folder, tmp_path, diary,
 
 def test_the_pages_task_checks_its_knobs(folder, tmp_path, diary):
     failed = evaluate(folder, tmp_path / "run", "--plugin", diary, "-t", "diary(people=11)")
-    assert "diary: people must lie in 1..10, got 11" in one_sentence(failed)
+    assert "diary: people must be between 1 and 10, got 11" in one_sentence(failed)
 
 
 def test_a_run_goes_on_only_with_the_same_code(folder, tmp_path, diary, forget):

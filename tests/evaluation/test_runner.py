@@ -120,9 +120,9 @@ def test_another_run_in_the_same_folder_is_refused(settings, tmp_path):
     one = replace(settings, tasks=(TASK,), limit=1)
     out = evaluate(one, tmp_path / "run")
     before = rows_file(out)
-    with pytest.raises(ValueError, match="holds a run with another limit 1"):
+    with pytest.raises(ValueError, match="holds a run with limit 1, not 2"):
         evaluate(replace(one, limit=2), out)
-    with pytest.raises(ValueError, match="holds a run with another seed 0"):
+    with pytest.raises(ValueError, match="holds a run with seed 0, not 1"):
         evaluate(replace(one, seed=1), out)
     assert rows_file(out) == before
 
@@ -239,6 +239,7 @@ def test_errors_that_cannot_travel_become_text():
         ({"tasks": ()}, "no task was named"),
         ({"recipes": ("hto@0.4",)}, "unknown policy 'hto'"),
         ({"modes": ("awake",)}, "unknown mode 'awake'"),
+        ({"modes": ()}, "no mode was named; known: agnostic"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"block": 0}, "block must be at least 1"),
         ({"tasks": ("passkey(lengths=(300, 9000))",), "limit": 0}, "limit must be at least 1"),

@@ -15,6 +15,7 @@ from kvhive.cli.console import Device, Dtype, Model, Plugin, Threads, err, note
 if TYPE_CHECKING:
     from kvhive.evaluation.runner import State
 
+STOPPED = 130  # as shells report a program that was interrupted
 _RECIPES = ["buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
 
 
@@ -118,8 +119,12 @@ def evaluate(
         plugins=tuple(plugin or ()),
     ).checked()
     _quiet()
-    with _bar() as progress:
-        run(settings, out, jobs=jobs, ray=ray, progress=progress)
+    try:
+        with _bar() as progress:
+            run(settings, out, jobs=jobs, ray=ray, progress=progress)
+    except KeyboardInterrupt:
+        note(f"stopped; what was finished is in {str(out)!r}: the same command goes on from there")
+        raise typer.Exit(STOPPED) from None
     _summary(out)
 
 

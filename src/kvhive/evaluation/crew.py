@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, runtime_checkable
@@ -150,21 +152,26 @@ class Process:
 
 def serve(pipe: Connection, settings: Settings) -> None:
     """The life of a worker process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _be_quiet()
     lab: Lab | None = None
-    while True:
-        try:
+    with suppress(EOFError, OSError, KeyboardInterrupt):  # told to end, or nobody listens
+        while True:
             unit = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            lab = lab or Lab(settings)
-            answer: Answer | Failed = lab.plan() if unit is None else lab.run(unit)
-        except KeyboardInterrupt:
-            return
-        except Exception as error:
-            answer = Failed(sendable(error))
-        pipe.send(answer)
+            try:
+                lab = lab or Lab(settings)
+                answer: Answer | Failed = lab.plan() if unit is None else lab.run(unit)
+            except Exception as error:
+                answer = Failed(sendable(error))
+            pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    """A run that was killed leaves no process behind that works for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def sendable(error: Exception) -> Exception:

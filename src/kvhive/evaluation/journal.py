@@ -21,6 +21,7 @@ from typing import IO, Any
 Row = dict[str, Any]
 RUN, ROWS, LOCK = "run.json", "rows.jsonl", "lock"
 PACKED = f"{ROWS}.gz"  # rows of a run that was published
+_FIELDS = {"task", "mode", "item", "recipe", "cluster", "scores", "probes", "facts"}
 _SAME = ("model_sha256", "data", "plugin_sha256")  # facts that identify a run: checksums
 
 
@@ -36,8 +37,14 @@ class Journal:
         """Raises `ValueError` when another run writes here, `OSError` when the folder cannot be
         used.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK).open("a")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / LOCK).open("a")
+        except OSError as error:
+            raise OSError(
+                f"cannot write to the folder {str(self.folder)!r}: {str(error.strerror).lower()}; "
+                "choose another"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -92,12 +99,7 @@ class Journal:
             _write(self._file, b"".join(map(_line, rows)))
         except OSError as error:
             self._file.truncate(before)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise OSError(
-                f"the disk with {str(self.folder)!r} is full; nothing is lost: make room and run "
-                "the same command again"
-            ) from error
+            raise _full(error, self.folder) from error
 
     def finish(self, order: Callable[[Row], Any]) -> None:
         """Put the rows in order."""
@@ -113,7 +115,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); delete the folder") from None
+        raise _damaged(path, str(error)) from None
+    parts = (run.get("settings"), run.get("facts")) if isinstance(run, dict) else ()
+    if not (parts and all(isinstance(part, dict) for part in parts)):
+        raise _damaged(path, "expected an object with settings and facts")
     return run
 
 
@@ -130,11 +135,16 @@ def read_rows(folder: Path) -> list[Row]:
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                where = f"{str(path)!r} is damaged in line {number}"
-                raise ValueError(f"{where}; delete that line") from None
+            row = None
+        if isinstance(row, dict) and row.keys() >= _FIELDS:
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(
+                f"{str(path)!r} is damaged in line {number}: expected a result as a JSON object; "
+                "delete that line, and kvhive evaluate computes it anew"
+            )
     return rows
 
 
@@ -162,9 +172,27 @@ def _write(file: IO[bytes], data: bytes) -> None:
 def _replace(path: Path, data: bytes) -> None:
     """The old file or the whole new one is there at every moment."""
     part = path.with_name(f"{path.name}.part")
-    with part.open("wb", buffering=0) as file:
-        _write(file, data)
-    part.replace(path)
+    try:
+        with part.open("wb", buffering=0) as file:
+            _write(file, data)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _full(error, path.parent) from error
+
+
+def _full(error: OSError, folder: Path) -> OSError:
+    """The error, or what to do about it if there is no room."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    return OSError(
+        f"the disk with {str(folder)!r} is full, or no larger file is allowed there; nothing is "
+        "lost: make room and run the same command again"
+    )
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{str(path)!r} is damaged ({why}); restore it, or choose another folder")
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
@@ -174,8 +202,9 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) ->
         before[name], after[name] = old["facts"].get(name) or {}, new["facts"].get(name) or {}
     for name in after:
         if before.get(name) != after[name]:
-            what = name if name in _SAME else f"{name} {before.get(name)!r}"
+            what = f"{name} {before.get(name)!r}, not {after[name]!r}"
+            what = f"another {name}" if name in _SAME else what
             raise ValueError(
-                f"{str(folder)!r} holds a run with another {what}; choose another folder, or give "
-                "the same settings to go on with it"
+                f"{str(folder)!r} holds a run with {what}; choose another folder, or give the same "
+                "settings to go on with it"
             )

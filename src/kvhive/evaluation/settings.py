@@ -54,6 +54,8 @@ class Settings:
             raise ValueError(f"limit must be at least 1 item a task, got {self.limit}")
         if self.block is not None and self.block < 1:
             raise ValueError(f"block must be at least 1 token, got {self.block}")
+        if not self.modes:
+            raise ValueError(f"no mode was named; known: {', '.join(MODES)}")
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from kvhive.evaluation.asking import Asked, Mode, ask, converse
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Part, Performance
 from kvhive.evaluation.measures import Measure
-from kvhive.policies.base import knob
 from kvhive.registry import Registry, did_you_mean
+
+
+def knob(
+    default: Any,
+    meaning: str,
+    *,
+    least: int | float = 1,
+    most: int | float = math.inf,
+    among: tuple[str, ...] = (),
+) -> Any:
+    """A task's setting. least, most: the range of a number, or of every number of a list; among:
+    the texts it may be.
+    """
+    rule = {"least": least, "most": most, "among": among}
+    return field(default=default, metadata={"meaning": meaning, **rule})
 
 
 @dataclass(frozen=True)
 class Task:
-    """Base of all tasks. Fields are knobs: `passkey(tokens=2048)`.
+    """Base of all tasks. Fields are knobs: `passkey(decoys=3)`.
 
     Class facts: `measures` (the first is the headline), `data` (data sets it reads), `modes`,
     `most_aware` (probes of an item that are run in mode "aware", where each costs a prompt of its
@@ -29,6 +44,11 @@ class Task:
     data: ClassVar[tuple[str, ...]] = ()
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic", "aware")
     most_aware: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a knob outside its range."""
+        for one in fields(self):
+            _check_range(self.name, one.name, getattr(self, one.name), one.metadata)
 
     def items(self, desk: Desk) -> Iterator[Item]:
         """Items in a fixed order; may go on for ever, the runner takes the first few."""
@@ -81,7 +101,7 @@ def parse_task(text: str) -> Task:
         knobs = {str(one.arg): ast.literal_eval(one.value) for one in keywords}
     except (SyntaxError, ValueError):
         raise ValueError(f"task {text!r}: the form is name(knob=value, ...)") from None
-    if not isinstance(name, ast.Name):
+    if not isinstance(name, ast.Name) or (isinstance(tree, ast.Call) and tree.args):
         raise ValueError(f"task {text!r}: the form is name(knob=value, ...)")
     cls = TASKS[name.id]
     known = [one.name for one in fields(cls)]
@@ -104,6 +124,24 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 def _check_kind(task: str, name: str, value: Any, hint: Any) -> None:
     """Knobs of tasks are numbers, texts, flags, and tuples."""
-    types, words = _KINDS.get(hint, ((tuple,), "a list like (1, 2)"))
-    if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{task}: {name} must be {words}, got {value!r}")
+    if hint in _KINDS:
+        types, words = _KINDS[hint]
+        if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
+            raise ValueError(f"{task}: {name} must be {words}, got {value!r}")
+    elif not isinstance(value, tuple) or not value:
+        raise ValueError(f"{task}: {name} must be a list like (1, 2), or (1,), got {value!r}")
+    else:
+        for one in value:
+            _check_kind(task, f"every one of {name}", one, get_args(hint)[0])
+
+
+def _check_range(task: str, name: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """A number, every number of a tuple, or a text, against what `knob` says of it."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, str) and rule.get("among") and one not in rule["among"]:
+            raise ValueError(f"{task}: {name} must be one of {rule['among']}, got {one!r}")
+        if isinstance(one, int | float) and not isinstance(one, bool):
+            least, most = rule.get("least", -math.inf), rule.get("most", math.inf)
+            if not least <= one <= most:
+                words = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+                raise ValueError(f"{task}: {name} must be {words}, got {one}")

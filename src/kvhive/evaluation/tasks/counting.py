@@ -11,9 +11,8 @@ from kvhive.evaluation.data.made_up import coded_word
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import SHARE_FOUND
-from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 from kvhive.evaluation.words import NOUNS
-from kvhive.policies.base import knob
 
 
 @TASKS.register("cwe")
@@ -30,7 +29,7 @@ class CommonWords(Task):
     rare: ClassVar[int] = 1
 
     tokens: int = knob(1024, "length of the list, about")
-    common: int = knob(5, "frequent words")
+    common: int = knob(5, "frequent words", most=20)
 
     def items(self, desk: Desk) -> Iterator[Item]:
         """New words every time."""

@@ -11,8 +11,7 @@ from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Performance, Probe
 from kvhive.evaluation.measures import measured
 from kvhive.evaluation.streaming import compare, compare_bare
-from kvhive.evaluation.tasks.base import TASKS, Task
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 
 
 @TASKS.register("fidelity")

@@ -16,8 +16,7 @@ from kvhive.evaluation.measures import (
     Measure,
     per_probe,
 )
-from kvhive.evaluation.tasks.base import TASKS, Conversation
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
 
 _TELL = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 
@@ -50,6 +49,7 @@ class KeyValue(Conversation):
     asked: int = knob(1, "keys asked of one object")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.asked <= self.pairs <= 75:
             raise ValueError(
                 f"kv: 1 <= asked <= pairs <= 75 must hold, got asked="

@@ -10,8 +10,7 @@ from typing import ClassVar
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import EXACT, NLL, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Conversation
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
 
 _EXAMPLE = re.compile(r"Question: (.+?)\nType: (.+?)(?:\n|$)")
 
@@ -39,6 +38,11 @@ class Trec(Conversation):
             record = records[number % len(records)]
             rng = desk.random("trec", number)
             examples = _EXAMPLE.findall(record["context"] + "\n")
+            if len(examples) < self.shots + self.asked:
+                raise ValueError(
+                    f"trec: shots + asked must be at most {len(examples)}, the examples there are, "
+                    f"got {self.shots} + {self.asked}"
+                )
             drawn = rng.sample(examples, self.shots + self.asked)
             shown, hidden = drawn[: self.shots], drawn[self.shots :]
             tell = "Classify each question by the type of its answer.\n"

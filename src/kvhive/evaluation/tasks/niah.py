@@ -11,11 +11,11 @@ from kvhive.evaluation.data.made_up import random_uuid
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, SHARE_FOUND, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 from kvhive.evaluation.words import NOUNS
-from kvhive.policies.base import knob
 
 _TELL = "Some special magic {kind}s are hidden within the following text. Memorise them.\n\n"
+_HAY = ("book", "repeat", "needles")
 _NEEDLE = "One of the special magic {kind}s for {word} is: {value}."
 
 
@@ -28,8 +28,8 @@ class Niah(Task):
     values: ClassVar[int] = 1  # needles a word
 
     tokens: int = knob(1024, "length of the context")
-    hay: str = knob("book", "'book', 'repeat', or 'needles': nothing but other needles")
-    kind: str = knob("number", "'number' (seven digits) or 'uuid'")
+    hay: str = knob("book", "text; 'needles': nothing but other needles", among=_HAY)
+    kind: str = knob("number", "'number': seven digits", among=("number", "uuid"))
 
     def items(self, desk: Desk) -> Iterator[Item]:
         """Needles at random depths."""
@@ -143,7 +143,7 @@ class NiahMultiquery(_Listed):
     measures = (SHARE_FOUND,)
     words: ClassVar[int] = 4
 
-    asked: int = knob(3, "words asked together, 2 to 4")
+    asked: int = knob(3, "words asked together", least=2, most=4)
 
     def _probe(self, rng: Random, told: dict[str, list[str]]) -> Probe:
         words = list(told)[: self.asked]

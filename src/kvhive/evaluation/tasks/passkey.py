@@ -9,8 +9,7 @@ from typing import ClassVar
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Task
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 
 _TELL = "There is important information hidden in the text below. Remember it.\n\n"
 
@@ -28,8 +27,10 @@ class Passkey(Task):
     data: ClassVar = ("books",)
 
     lengths: tuple[int, ...] = knob((1024,), "tokens of the context; items take them in turn")
-    depths: tuple[float, ...] = knob((0.0, 0.25, 0.5, 0.75, 1.0), "where the key lies, 0 first")
-    decoys: int = knob(0, "keys of another name in the same text")
+    depths: tuple[float, ...] = knob(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "where the key lies", least=0, most=1
+    )
+    decoys: int = knob(0, "keys of another name in the same text", least=0, most=45)
 
     def items(self, desk: Desk) -> Iterator[Item]:
         """All depths of the first length, then of the next, and again with other keys."""

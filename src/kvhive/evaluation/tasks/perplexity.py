@@ -11,8 +11,7 @@ from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Performance, Probe
 from kvhive.evaluation.measures import PERPLEXITY, TOKEN_ACCURACY
 from kvhive.evaluation.streaming import in_pieces, stream
-from kvhive.evaluation.tasks.base import TASKS, Task
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 
 _PIECE = 64  # tokens the floor reads at a time
 
@@ -34,6 +33,7 @@ class _Stream(Task):
     skip: int = knob(256, "first tokens not scored")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.block >= 1 and 1 <= self.skip < self.tokens):
             raise ValueError(
                 f"{self.name}: block >= 1 and 1 <= skip < tokens must hold, got block="

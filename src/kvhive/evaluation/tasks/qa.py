@@ -22,8 +22,7 @@ from kvhive.evaluation.measures import (
     STRICT_EXACT_MATCH,
     SUBSTRING,
 )
-from kvhive.evaluation.tasks.base import TASKS, Conversation, Task
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, knob
 
 _TELL = (
     "Write a high-quality answer for the given question using only the provided search results "
@@ -164,6 +163,7 @@ class SharedContext(Conversation):
     asked: int = knob(10, "questions asked of one context, 2 to 10")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 2 <= self.asked <= 10:
             raise ValueError(f"shared_context: asked must lie in 2..10, got {self.asked}")
 

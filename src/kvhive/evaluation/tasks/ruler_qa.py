@@ -9,8 +9,7 @@ from kvhive.evaluation.data.made_up import people
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, F1, MARGIN, SUBSTRING
-from kvhive.evaluation.tasks.base import TASKS, Task
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 
 _TELL = "Answer the question based on the given documents.\n\n"
 

@@ -17,8 +17,7 @@ from kvhive.evaluation.measures import (
     ROUGE_TO_FULL,
     SAME_AS_FULL,
 )
-from kvhive.evaluation.tasks.base import TASKS, Task
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import ClassVar
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Answers, Item, Probe
 from kvhive.evaluation.measures import EXACT, REFERENCE_NLL, TOKEN_ACCURACY, Measure, Values
-from kvhive.evaluation.tasks.base import TASKS, Conversation
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
 
 
 def _only(part: str, measure: Measure) -> Measure:

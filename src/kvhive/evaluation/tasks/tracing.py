@@ -12,8 +12,7 @@ from typing import ClassVar
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, SHARE_FOUND
-from kvhive.evaluation.tasks.base import TASKS, Conversation
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
 
 _TELL = "Memorise the chains of variable assignment hidden in the following text.\n\n"
 
@@ -31,15 +30,15 @@ class VariableTracing(Conversation):
     data: ClassVar = ("books",)
 
     tokens: int = knob(1024, "length of the context")
-    hops: int = knob(1, "assignments after the first of a chain")
-    chains: int = knob(2, "chains in the text")
+    hops: int = knob(1, "assignments after the first of a chain", least=0, most=50)
+    chains: int = knob(2, "chains in the text", most=50)
     asked: int = knob(1, "chains asked of one context")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.asked <= self.chains or self.hops < 0:
+        super().__post_init__()
+        if self.asked > self.chains:
             raise ValueError(
-                f"vt: 1 <= asked <= chains and hops >= 0 must hold, got asked={self.asked}, "
-                f"chains={self.chains}, hops={self.hops}"
+                f"vt: asked must be at most chains, got asked={self.asked}, chains={self.chains}"
             )
 
     def items(self, desk: Desk) -> Iterator[Item]:

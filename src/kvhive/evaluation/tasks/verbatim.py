@@ -10,8 +10,7 @@ from kvhive.evaluation.asking import Mode
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import NLL, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Task
-from kvhive.policies.base import knob
+from kvhive.evaluation.tasks.base import TASKS, Task, knob
 
 
 @TASKS.register("verbatim")
@@ -31,10 +30,13 @@ class Verbatim(Task):
     tokens: int = knob(1024, "tokens of the book")
     cue: int = knob(16, "tokens copied to say where")
     answer: int = knob(32, "tokens scored")
-    depths: tuple[float, ...] = knob((0.1, 0.3, 0.5, 0.7, 0.9), "where the cues lie, 0 first")
+    depths: tuple[float, ...] = knob(
+        (0.1, 0.3, 0.5, 0.7, 0.9), "where the cues lie", least=0, most=1
+    )
 
     def __post_init__(self) -> None:
-        if self.cue < 1 or self.answer < 1 or self.tokens < 2 * (self.cue + self.answer):
+        super().__post_init__()
+        if self.tokens < 2 * (self.cue + self.answer):
             raise ValueError(
                 f"verbatim: tokens must be at least twice cue + answer, got tokens={self.tokens}, "
                 f"cue={self.cue}, answer={self.answer}"

@@ -9,9 +9,8 @@ from typing import ClassVar
 from kvhive.evaluation.desk import Desk
 from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Conversation
+from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
 from kvhive.evaluation.words import NOUNS
-from kvhive.policies.base import knob
 
 _TELL = "Memorise the code of every word below. A code will be asked later.\n\n"
 
@@ -30,9 +29,10 @@ class WordCodes(Conversation):
 
     pairs: int = knob(16, "words with codes")
     asked: int = knob(8, "words asked of one context")
-    tokens: int = knob(1024, "length of the context; 0: the list alone")
+    tokens: int = knob(1024, "length of the context; 0: the list alone", least=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.asked <= self.pairs <= 200:
             raise ValueError(
                 f"word_codes: 1 <= asked <= pairs <= 200 must hold, got asked={self.asked}, "
