@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,11 +45,13 @@ def load(
     `attn_implementation` None leaves the choice to transformers. "smollm2" is kept in bfloat16, so
     a wider dtype adds no precision to its weights.
 
-    Raises ValueError for an unknown dtype, ImportError with the command to run when a package is
-    missing, FileNotFoundError for a path without a model, OSError when the hub has no such model.
+    Raises ValueError for an unknown dtype or device and for damaged weights, ImportError with the
+    command to run when a package is missing, FileNotFoundError for a path without a model, OSError
+    when the hub has no such model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    _check_device(device)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if name == "smollm2":
         model, tokenizer = _from_folder(_smollm2_folder(), options)
@@ -63,16 +66,41 @@ def load(
     return model, tokenizer
 
 
+def be_quiet() -> None:
+    """Turn off the advice and the bars of transformers, and the hub's report of every attempt."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from None
+
+
 def _from_folder(
     folder: Path, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What `save_pretrained` wrote to `folder`; the network is not asked."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model in {str(folder)!r}: the folder has no config.json")
     with _without_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the model in {str(folder)!r} is damaged ({error}); get its weights again"
+            ) from error
         return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -109,15 +108,12 @@ def load_model(
     """`kvhive.models.load` with a sign of life, and without the advice transformers logs."""
     with err().status(f"loading {name}"):
         import torch
-        from transformers.utils import logging
 
-        from kvhive.models import load
+        from kvhive.models import be_quiet, load
 
-        logging.set_verbosity_error()
-        getLogger("huggingface_hub").setLevel(ERROR)  # it reports every attempt to reach the hub
+        be_quiet()
         if threads is not None:
             torch.set_num_threads(threads)
-        _check_device(torch, device)
         return load(name, dtype=dtype, device=device)
 
 
@@ -172,11 +168,3 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; give a shorter text, or read it with --prefill-chunk 512"
     return str(error) or type(error).__name__
-
-
-def _check_device(torch: Any, device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here: {reason}") from None

@@ -102,6 +102,7 @@ def evaluate(
     """
     from kvhive.evaluation.runner import evaluate as run
     from kvhive.evaluation.settings import Settings
+    from kvhive.models import be_quiet
 
     settings = Settings(
         model=model,
@@ -118,7 +119,7 @@ def evaluate(
         threads=threads,
         plugins=tuple(plugin or ()),
     ).checked()
-    _quiet()
+    be_quiet()
     try:
         with _bar() as progress:
             run(settings, out, jobs=jobs, ray=ray, progress=progress)
@@ -134,12 +135,6 @@ def _summary(folder: Path) -> None:
 
     show(Run.read(folder))
     err().print(f"results: {folder}; see also: kvhive report {folder} --html report.html")
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
 
 
 @contextmanager

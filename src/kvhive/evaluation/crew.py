@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from kvhive.evaluation.lab import Lab, Loaded, Plan, Row
 from kvhive.evaluation.settings import Settings, Unit
+from kvhive.models import be_quiet
 
 Answer = Plan | list[Row]
 
@@ -153,7 +154,7 @@ class Process:
 def serve(pipe: Connection, settings: Settings) -> None:
     """The life of a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _be_quiet()
+    be_quiet()
     lab: Lab | None = None
     with suppress(EOFError, OSError, KeyboardInterrupt):  # told to end, or nobody listens
         while True:
@@ -184,10 +185,3 @@ def sendable(error: Exception) -> Exception:
 def threads_each(workers: int) -> int:
     """CPU threads for each of several workers on this machine."""
     return max(1, (os.cpu_count() or 1) // workers)
-
-
-def _be_quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,6 +84,9 @@ class Lab:
             if not items:
                 why = "all are too long for the model" if too_long else "its data holds none"
                 raise ValueError(f"task {text} has no items: {why}")
+            found = len(items) + too_long
+            if found < self.settings.limit:
+                notes[f"{text}: items there are, fewer than the limit: {found}"] = None
             for name in task.data:
                 notes.update(dict.fromkeys(self.source.notes(name)))
             for mode in self.settings.modes_of(task):
@@ -128,6 +132,12 @@ class Lab:
         """A task's first items that fit the model, and how many were too long."""
         if text not in self._items:
             drawn = list(islice(self.tasks[text].items(self.desk), self.settings.limit))
+            names = Counter(item.id for item in drawn)
+            if len(names) < len(drawn):
+                twice = names.most_common(1)[0][0]
+                raise ValueError(
+                    f"task {text}: several items have the id {twice!r}; each needs one"
+                )
             fits = [
                 item for item in drawn if self._tokens(self.tasks[text], item) <= self._most_tokens
             ]

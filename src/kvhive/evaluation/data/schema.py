@@ -55,7 +55,9 @@ def check(record: Any, fields: Mapping[str, str], where: str) -> None:
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
     for field, shape in fields.items():
         if field not in record:
-            raise ValueError(f"{where}: the record has no field {field!r}")
+            raise ValueError(
+                f"{where}: the record has no field {field!r}; expected {', '.join(fields)}"
+            )
         words, fits = SHAPES[shape]
         if not fits(record[field]):
             raise ValueError(f"{where}: field {field!r} must be {words}")
