@@ -180,7 +180,8 @@ def standing_still(words: list[str], out: Path) -> Iterator[subprocess.Popen[str
     """The command in a session of its own, at its third item; nothing is left of it afterwards."""
     command = [sys.executable, "-m", "kvhive", *words, "--out", str(out)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
+    begun = {"start_new_session": True, "preexec_fn": hear_interrupts}
+    with subprocess.Popen(command, text=True, **pipes, **begun) as process:
         try:
             while process.poll() is None and len(read_rows(out)) < 2 * ROWS_EACH:
                 time.sleep(0.05)
@@ -188,6 +189,11 @@ def standing_still(words: list[str], out: Path) -> Iterator[subprocess.Popen[str
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def hear_interrupts() -> None:
+    """A background job of a shell, as CI may be, ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_an_interrupted_run_says_so_and_goes_on(waiting, tmp_path):

@@ -101,16 +101,14 @@ def _answer(asked: Asked, item: Item, probe: Probe, voices: list[Voice]) -> list
 
 
 def _answer_in_turn(asked: Asked, item: Item, voices: list[Voice]) -> list[list[Outcome]]:
-    """All probes of an item, each from its own copy of the caches: `[probe][voice]`.
-
-    The voices themselves, which nobody needs afterwards, answer the last.
-    """
+    """All probes of an item, each from its own copy of the caches: `[probe][voice]`."""
     answered = []
-    for number, probe in enumerate(item.probes, start=1):
-        last = number == len(item.probes)
-        asking = voices if last else [voice.fork() for voice in voices]
-        asked.stage.advance(asking, asked.frame.query(item, probe))
-        answered.append(_answer(asked, item, probe, asking))
+    for probe in item.probes:
+        copies = [voice.fork() for voice in voices]
+        asked.stage.advance(copies, asked.frame.query(item, probe))
+        answered.append(_answer(asked, item, probe, copies))
+    for voice, copy in zip(voices, copies, strict=True):
+        voice.end = copy.end
     return answered
 
 
