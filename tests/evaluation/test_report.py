@@ -200,7 +200,7 @@ def test_another_recipe_than_the_full_cache_can_be_the_measure(run):
         if one.recipe == "h2o@0.3":
             assert one.difference == Interval(0.0, 0.0, 0.0)
     lines = shown(seen, width=140)
-    assert "minus h2o@0.3" in lines
+    assert "items, against h2o@0.3" in lines
     assert "minus full" not in lines
     (full, h2o) = (s.score.value for s in run.headline(*run.parts[0])[:2])
     assert seen.headline(*run.parts[0])[0].difference.value == pytest.approx(full - h2o)

@@ -10,14 +10,14 @@ from rich.text import Text
 
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.settings import NONE
-from kvhive.evaluation.statistics import Interval, Score, Standing
+from kvhive.evaluation.statistics import FULL, Interval, Score, Standing
 from kvhive.report import MIB
 
 
 def leaderboard(run: Run) -> Table:
     """Recipes by mean skill over the tasks that can show a loss."""
     table = _frame("leaderboard: 100 % like the full cache, 0 % like no context")
-    table.add_column("recipe", overflow="fold")
+    table.add_column("recipe", overflow="fold", min_width=20)
     for title in ("kept", "bytes", *run.modes):
         table.add_column(title, justify="right", no_wrap=True)
     for one in run.standings:
@@ -34,7 +34,7 @@ def task_tables(run: Run) -> list[Table]:
         if not scores:
             continue
         table = _frame(score_title(scores[0]))
-        table.add_column("recipe", overflow="fold")
+        table.add_column("recipe", overflow="fold", min_width=20)
         for title in score_titles(scores[0]):
             table.add_column(title, justify="right", no_wrap=True)
         for score in scores:
@@ -48,12 +48,15 @@ def task_tables(run: Run) -> list[Table]:
 def score_title(score: Score) -> str:
     """Task, mode, measure and how many items, as a heading."""
     arrow = "lower is better" if score.measure.lower_is_better else "higher is better"
-    return f"{score.task}, {score.mode}: {score.measure.name} ({arrow}), {score.items} items"
+    title = f"{score.task}, {score.mode}: {score.measure.name} ({arrow}), {score.items} items"
+    return title if score.against == FULL else f"{title}, against {score.against}"
 
 
 def score_titles(score: Score) -> tuple[str, ...]:
     """Headings of a task's table, behind the recipe's name."""
-    return "score", f"of {score.against}", f"minus {score.against}", "kept", "MiB"
+    if score.against == FULL:
+        return "score", "of full", "minus full", "kept", "MiB"
+    return "score", "ratio", "difference", "kept", "MiB"
 
 
 def score_cells(score: Score) -> list[str]:
