@@ -10,13 +10,15 @@ disturbs less than the clock on the wall; each figure is a median over rounds.
 right before it.
 
 *Decoding*: the cache has come down to its budget and has decoded `--new` tokens. Then it and a full
-cache of the same size (on average over what follows) take turns, token by token, and only the time
-inside the cache's layers counts: appending, attention, votes, eviction. The overhead is what the
-policy's layers take longer, over what those of the full cache take. Evictions come once in many
-tokens and are spread over all of them, so `--new` should cover some: 33 tokens lie between two of
-most policies at a budget of 1,024, some 560 between two events of BUZZ. Where positions are counted
-in the cache, every step turns the keys that evictions have moved, which is part of the overhead;
-the same policy with `positions=original` stands beside it.
+cache of the same size (on average over what follows) take turns, token by token. The overhead is
+what an attention block of the model (projections, rotary embedding, cache and attention, as
+transformers calls it) takes longer than the same block with the full cache, over what that takes.
+Beside it, for those who look closer, the same of kvhive's part of the block alone: appending,
+attention, votes, eviction. Evictions come once in many tokens and are spread over all of them, so
+`--new` should cover some: 33 tokens lie between two of most policies at a budget of 1,024, some 560
+between two events of BUZZ. Where positions are counted in the cache, every step turns the keys that
+evictions have moved, which is part of the overhead; the same policy with `positions=original`
+stands beside it.
 """
 
 from __future__ import annotations
@@ -39,30 +41,37 @@ from kvhive.cli.words import needs_text
 from kvhive.kernels import Needs
 from kvhive.policies import POLICIES
 
-DECODE_BOUND = 0.15  # of the attention of a layer
+DECODE_BOUND = 0.15  # of a layer's attention block
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """CPU seconds a decoded token, of all layers: in attention blocks, and in the cache's part."""
+
+    blocks: float
+    cache: float
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One round of one recipe, in CPU seconds; `layers` are per decoded token, of all layers."""
+    """One round of one recipe; prefill in CPU seconds."""
 
     prefill: float
     full_prefill: float
-    layers: float
-    full_layers: float
+    decoding: Decoding
+    full_decoding: Decoding
     held: float
 
 
-class Clock:
-    """Adds up the seconds that a cache's layers take."""
+class Stopwatch:
+    """Adds up the CPU seconds of the calls it is wrapped around."""
 
-    def __init__(self, cache: kvhive.HiveCache) -> None:
+    def __init__(self) -> None:
         self.seconds = 0.0
-        for layer in cache.hive_layers():
-            for step in ("update", "attend"):
-                setattr(layer, step, self._timed(getattr(layer, step)))
 
-    def _timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, timed."""
+
         def run(*arguments: Any, **settings: Any) -> Any:
             start = time.process_time()
             result = step(*arguments, **settings)
@@ -70,6 +79,34 @@ class Clock:
             return result
 
         return run
+
+
+class Clock:
+    """Times the steps of one run: the model's attention blocks and the cache's layers in them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.blocks, self.cache = run, Stopwatch(), Stopwatch()
+        for layer in run.cache.hive_layers():
+            for step in ("update", "attend"):
+                setattr(layer, step, self.cache.around(getattr(layer, step)))
+        self.modules = [module for module in run.model.modules() if is_attention(module)]
+
+    def step(self) -> None:
+        """Decode a token, timed; the model is left as it was."""
+        for module in self.modules:
+            module.forward = self.blocks.around(module.forward)
+        self.run.step()
+        for module in self.modules:
+            del module.forward
+
+    def per_token(self, tokens: int) -> Decoding:
+        """Seconds of the steps so far, divided by `tokens`."""
+        return Decoding(self.blocks.seconds / tokens, self.cache.seconds / tokens)
+
+
+def is_attention(module: torch.nn.Module) -> bool:
+    """Whether transformers gave this module a layer's cache to attend to."""
+    return hasattr(module, "layer_idx") and hasattr(module, "is_causal")
 
 
 class Run:
@@ -99,11 +136,12 @@ def measure(model: PreTrainedModel, recipe: str, ids: Tensor, new: int) -> Cost:
     held = statistics.fmean(run.step() for _ in range(new))
     plain = Run(model, "full", ids[:, : max(1, round(held) - new // 2)])
     plain.step()  # makes room to grow
-    clock, full_clock = Clock(run.cache), Clock(plain.cache)
+    clock, full_clock = Clock(run), Clock(plain)
     for _ in range(new):
-        run.step()
-        plain.step()
-    return Cost(run.prefill, full_prefill, clock.seconds / new, full_clock.seconds / new, held)
+        clock.step()
+        full_clock.step()
+    decoding, full_decoding = clock.per_token(new), full_clock.per_token(new)
+    return Cost(run.prefill, full_prefill, decoding, full_decoding, held)
 
 
 def prefill_bound(needs: Needs) -> float:
@@ -115,13 +153,17 @@ def prefill_bound(needs: Needs) -> float:
 
 def table(costs: dict[str, list[Cost]]) -> str:
     """Markdown, one row a recipe; figures over their bound are marked."""
-    titles = ("recipe", "needs", "held", "prefill x full", "bound", "layers, ms a token")
+    titles = ("recipe", "needs", "held", "prefill x full", "bound", "attention, ms a token")
     titles += ("of a full cache of that size", f"overhead (bound {DECODE_BOUND:.0%})")
-    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * 6]
+    titles += ("of the cache's part",)
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * 7]
     for recipe, rounds in costs.items():
         needs = kvhive.Recipe.parse(recipe).policy.needs
         prefill = statistics.median(cost.prefill / cost.full_prefill for cost in rounds)
-        overhead = statistics.median(cost.layers / cost.full_layers - 1 for cost in rounds)
+        blocks = [(cost.decoding.blocks, cost.full_decoding.blocks) for cost in rounds]
+        cache = [(cost.decoding.cache, cost.full_decoding.cache) for cost in rounds]
+        overhead = statistics.median(ours / full - 1 for ours, full in blocks)
+        inner = statistics.median(ours / full - 1 for ours, full in cache)
         bound = prefill_bound(needs)
         cells = [
             f"`{recipe}`",
@@ -129,9 +171,10 @@ def table(costs: dict[str, list[Cost]]) -> str:
             f"{statistics.median(cost.held for cost in rounds):,.0f}",
             f"{prefill:.3f}{' !' if prefill > bound else ''}",
             f"{bound:.2f}",
-            f"{1e3 * statistics.median(cost.layers for cost in rounds):.2f}",
-            f"{1e3 * statistics.median(cost.full_layers for cost in rounds):.2f}",
+            f"{1e3 * statistics.median(ours for ours, _ in blocks):.2f}",
+            f"{1e3 * statistics.median(full for _, full in blocks):.2f}",
             f"{overhead:+.1%}{' !' if overhead > DECODE_BOUND else ''}",
+            f"{inner:+.0%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -125,6 +125,24 @@ def test_keys_are_read_at_their_place_in_the_cache(recipe: str, layout: str) -> 
         assert stream.worst() < 1e-5
 
 
+@pytest.mark.parametrize(("recipe", "held_twice"), [("streaming_llm@80", 4), ("buzz@80", 0)])
+def test_few_moved_keys_are_turned_once_and_counted(recipe: str, held_twice: int) -> None:
+    """StreamingLLM's four sinks stay at hand turned; BUZZ's history is turned at every step."""
+    stream = Stream(recipe, torch.float32)
+    for tokens in (100, *[1] * 40):
+        stream.step(tokens)
+    layer, (batch, heads) = stream.layer, stream.keys.shape[:2]
+    first = layer._read_keys(layer.slots.length)
+    placement, rest = layer.placement, layer.store.nbytes + layer.slots.nbytes
+    width = batch * heads * WIDTH * 4 * held_twice
+    turns = 0 if held_twice else batch * heads * placement.moved * 4
+    assert placement.moved > 0
+    assert placement.nbytes == width + turns
+    assert layer.nbytes >= rest + placement.nbytes
+    placement.forget()
+    assert torch.equal(first, layer._read_keys(layer.slots.length))
+
+
 def test_streaming_does_not_depend_on_where_it_is() -> None:
     """StreamingLLM's point: equal recent tokens give equal output, however much came before."""
     outputs = []

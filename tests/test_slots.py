@@ -49,6 +49,39 @@ def test_padding_is_empty() -> None:
     assert bool((slots.rank[0, :, :2] < 0).all())
 
 
+@given(
+    steps=st.lists(
+        st.sampled_from(["ask", "all", "some", "evict", "take back", "rows"]), max_size=12
+    ),
+    seed=st.integers(0, 1_000),
+)
+@settings(deadline=None)
+def test_tokens_are_counted_right_after_any_steps(steps: list[str], seed: int) -> None:
+    """Counts are remembered between steps; whatever happens, they are those of a new count."""
+    source = torch.Generator().manual_seed(seed)
+    slots, seen = make(2, 1), 0
+    for step in steps:
+        if step == "ask":
+            assert torch.equal(slots.count, slots.valid.sum(-1))
+        elif step == "all":
+            slots.append(seen, 2, slots.length + 2)
+            seen += 2
+        elif step == "some":
+            real = torch.rand(2, 3, generator=source) < 0.5
+            position = (seen + torch.arange(3)).expand(2, 3).masked_fill(~real, -1)
+            slots.append(position, 3, slots.length + 3)
+            seen += 3
+        elif step == "evict":
+            keep = torch.rand(slots.valid.shape, generator=source) < 0.7
+            index, holes = packed_index(keep & slots.valid)
+            slots.compact(index, index.shape[-1], holes)
+        elif step == "take back":
+            slots.truncate(max(0, slots.length - 1))
+        else:
+            slots.select_rows(torch.tensor([1, 1]))
+    assert torch.equal(slots.count, slots.valid.sum(-1))
+
+
 def test_rank_skips_gaps_between_turns() -> None:
     slots = make(1, 1)
     slots.append(torch.tensor([[0, 1, -1, -1, 2]]), 5, 5)

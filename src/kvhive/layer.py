@@ -13,7 +13,7 @@ from kvhive.budget import Budget
 from kvhive.contract import LayerContract
 from kvhive.kernels import NOTHING, Needs, Observed, attend, span
 from kvhive.limits import Limits, Spread
-from kvhive.placing import by_row, count_moved, gaps_closed, place_keys
+from kvhive.placing import Placement, by_row, gaps_closed
 from kvhive.policies import Policy
 from kvhive.recording import Recording
 from kvhive.rope import Rotation
@@ -67,7 +67,7 @@ class HiveLayer(LayerContract):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         policy = policy.for_budget(None if budget is None else budget.tokens)
-        self.policy, self.rotation = policy, rotation
+        self.policy, self.placement = policy, Placement(rotation)
         self.limits = Limits(policy, budget, spread, slack)
         self.written = written
         self.record_past = False
@@ -210,18 +210,11 @@ class HiveLayer(LayerContract):
         if index is not None:
             self.store.compact(index, self.slots.length)
             self.slots.compact(index, self.slots.length, holes=True)
-            self._count_moved()
-
-    def _count_moved(self) -> None:
-        if self.rotation is not None:
-            self._moved = count_moved(self.slots, self.row_seen())
+            self.placement.update(self.slots, self.row_seen())
 
     def _read_keys(self, width: int) -> Tensor:
         """The first `width` keys as attention reads them."""
-        keys = self.store.read(width)[0]
-        if self.rotation is None or self._moved == 0:
-            return keys
-        return place_keys(keys, self.slots, self._moved, self.rotation, self.seen)
+        return self.placement.place(self.store.read(width)[0], self.slots, self.seen)
 
     # ---- budget and eviction --------------------------------------------------------------------
 
@@ -301,7 +294,7 @@ class HiveLayer(LayerContract):
         slots.compact(index, capacity, holes)
         self._appended = 0
         self.evicted = True
-        self._count_moved()
+        self.placement.update(self.slots, self.row_seen())
 
     def make_room(self, tokens: int) -> None:
         """Evict now, so that `tokens` more can be appended without going over budget.
@@ -400,6 +393,7 @@ class HiveLayer(LayerContract):
         rows = beam_idx.to(self.device)
         self.store.select_rows(rows)
         self.slots.select_rows(rows)
+        self.placement.forget()
         if self._row_seen is not None:
             self._row_seen = self._row_seen.index_select(0, rows)
         if self.limits.rows is not None and self.limits.rows.shape[0] > 1:
@@ -416,7 +410,7 @@ class HiveLayer(LayerContract):
         self._row_seen = None
         self._appended = 0
         self._prompted = False  # whether any step brought more than one token
-        self._moved = 0  # leading slots whose keys must be turned when read
+        self.placement = Placement(self.placement.rotation)
         self.limits.reset()
         self._scale = 1.0
         self._recorded = Recording()
@@ -428,6 +422,7 @@ class HiveLayer(LayerContract):
         return (
             self.store.nbytes
             + self.slots.nbytes
+            + self.placement.nbytes
             + self._recorded.nbytes
             + sum(tensor.untyped_storage().nbytes() for tensor in extra)
         )

@@ -1,6 +1,7 @@
 """Where kept tokens stand: their place in the cache, as against the position they were written at.
 
-Pure functions of a layer's slots, for positions that are counted inside the cache.
+For positions that are counted inside the cache. From one eviction to the next the newest token and
+the slots behind a kept one grow together, so how far it must be turned stays as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from kvhive.rope import Rotation
 from kvhive.slots import Slots
+
+FEW = 16  # one key in so many may be held twice, as written and turned
 
 
 def count_moved(slots: Slots, seen: Tensor) -> int:
@@ -25,11 +28,8 @@ def count_moved(slots: Slots, seen: Tensor) -> int:
     return int((moved.any(0).any(0) * (slots.length - behind)).max())
 
 
-def place_keys(keys: Tensor, slots: Slots, moved: int, rotation: Rotation, seen: int) -> Tensor:
-    """Keys `[b, K, n, d]` with the `moved` leading ones turned to their place in the cache.
-
-    seen: tokens read, padding included; no turn is longer.
-    """
+def turns(slots: Slots, moved: int) -> Tensor:
+    """int32 `[b, K, moved]`: by how many positions the `moved` leading keys must be turned."""
     position = slots.position
     if slots.holes:
         newest = position.amax(-1, keepdim=True)
@@ -37,9 +37,53 @@ def place_keys(keys: Tensor, slots: Slots, moved: int, rotation: Rotation, seen:
     else:
         newest = position[..., -1:]
         behind = slots.length - 1 - torch.arange(moved, device=position.device)
-    shift = (newest - position[..., :moved] - behind).clamp_min(0)
-    turned = rotation.rotate(keys[:, :, :moved], shift, seen)
-    return torch.cat([turned, keys[:, :, moved:]], 2)
+    return (newest - position[..., :moved] - behind).clamp_min(0).int()
+
+
+class Placement:
+    """Turns the keys of one layer that evictions have moved, whenever they are read.
+
+    What it needs for that is worked out once after each eviction: the turns and, where only a FEW
+    keys have moved (StreamingLLM's sinks), the turned keys themselves.
+    """
+
+    def __init__(self, rotation: Rotation | None) -> None:
+        self.rotation = rotation
+        self.moved = 0  # leading slots whose keys must be turned
+        self.forget()
+
+    def forget(self) -> None:
+        """Work out anew what is needed; rows or devices have changed."""
+        self._turns: Tensor | None = None
+        self._turned: Tensor | None = None
+
+    def update(self, slots: Slots, seen: Tensor) -> None:
+        """Take notice of an eviction. seen: as in `count_moved`."""
+        if self.rotation is not None:
+            self.moved = count_moved(slots, seen)
+            self.forget()
+
+    def place(self, keys: Tensor, slots: Slots, seen: int) -> Tensor:
+        """Keys `[b, K, n, d]` with those that moved turned to their place in the cache.
+
+        seen: tokens read, padding included; no turn is longer.
+        """
+        if self.rotation is None or self.moved == 0:
+            return keys
+        turned = self._turned
+        if turned is None:
+            if self._turns is None:
+                self._turns = turns(slots, self.moved)
+            turned = self.rotation.rotate(keys[:, :, : self.moved], self._turns, seen)
+            if self.moved * FEW <= slots.length:
+                self._turned, self._turns = turned, None
+        return torch.cat([turned, keys[:, :, self.moved :]], 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held."""
+        held = [tensor for tensor in (self._turns, self._turned) if tensor is not None]
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
 
 def gaps_closed(slots: Slots) -> Tensor | None:

@@ -65,7 +65,8 @@ class Rotation:
         if self._fine.device != shift.device:
             self._fine, self._coarse = self._fine.to(shift.device), self._coarse.to(shift.device)
         flat, half = shift.reshape(-1), len(self.frequencies)
-        cos, sin = self._fine.index_select(0, flat % FINE).view(*shift.shape, -1).split(half, -1)
+        near = flat if most < FINE else flat % FINE
+        cos, sin = self._fine.index_select(0, near).view(*shift.shape, -1).split(half, -1)
         if most < FINE:
             return cos, sin
         if most // FINE >= self._coarse.shape[0]:

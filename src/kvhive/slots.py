@@ -70,6 +70,8 @@ class Slots:
         self.length = 0
         self.capacity = 0
         self.holes = False  # whether any of the slots in use may be empty
+        self.last: int | None = None  # position of the last token seen, where all rows agree
+        self._counted: tuple[Tensor, int] | None = None  # tokens held when so many slots were
         self._position = torch.empty(batch, heads, 0, dtype=torch.int16, device=device)
         self._columns = {
             name: torch.empty(batch, heads, 0, *column.shape, dtype=column.dtype, device=device)
@@ -87,14 +89,19 @@ class Slots:
         return self._position.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where it all lies."""
+        return self._position.device
+
+    @property
     def position(self) -> Tensor:
         """int32 `[b, K, n]`: each slot's position in its row, -1 for an empty slot."""
         return self._position[:, :, : self.length].to(torch.int32)
 
     def newest(self, number: int) -> Tensor:
-        """int64 `[b, number]`: positions of the last slots of the first head; what a step brought
-        last is
-        the same in all heads."""
+        """int64 `[b, number]`: positions of the last slots, which a step brought last and which
+        are the same in all heads; -1 for padding.
+        """
         return self._position[:, 0, self.length - number : self.length].long()
 
     @property
@@ -105,7 +112,10 @@ class Slots:
     @property
     def count(self) -> Tensor:
         """int64 `[b, K]`: tokens held."""
-        return self.valid.sum(-1)
+        if self._counted is None:
+            self._counted = self.valid.sum(-1), self.length
+        count, length = self._counted
+        return count + (self.length - length)  # without a new count only tokens were added
 
     @property
     def rank(self) -> Tensor:
@@ -142,7 +152,9 @@ class Slots:
         if isinstance(position, int):
             new = torch.arange(position, position + fresh, device=self._position.device)
             self._position[:, :, first:last] = new
+            self.last = top
         else:
+            self.last = self._counted = None
             self._position[:, :, first:last] = position[:, None, :]
             self.holes = self.holes or bool((position < 0).any())
         for column in self._columns.values():
@@ -159,14 +171,18 @@ class Slots:
         self._columns = {
             name: take(column, source, capacity) for name, column in self._columns.items()
         }
+        self._counted = None
         self.length, self.capacity, self.holes = index.shape[-1], capacity, holes
 
     def truncate(self, length: int) -> None:
         """Forget the newest slots beyond `length`."""
-        self.length = length
+        if self.last is not None:
+            self.last -= self.length - length
+        self.length, self._counted = length, None
 
     def select_rows(self, rows: Tensor) -> None:
         """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
+        self._counted = None
         self._position = self._position.index_select(0, rows)
         self._columns = {k: v.index_select(0, rows) for k, v in self._columns.items()}
         self.counters = {k: v.index_select(0, rows) for k, v in self.counters.items()}

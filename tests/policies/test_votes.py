@@ -31,7 +31,7 @@ def test_the_ring_remembers_the_last_queries(history: int, seed: int) -> None:
         position = (seen[:, None] + real.cumsum(1) - 1).masked_fill(~real, -1)
         seen = seen + real.sum(1)
         vote = random_bits(source, batch, heads, rows, slots)
-        votes.record(ring, vote, position.int(), history)
+        votes.record(ring, vote, position, history)
         for row in range(batch):
             new = [vote[row, :, i] for i in range(rows) if bool(real[row, i])]
             remembered[row] = (remembered[row] + new)[-history:]
@@ -42,6 +42,35 @@ def test_the_ring_remembers_the_last_queries(history: int, seed: int) -> None:
                 last = remembered[row][-number:] if int(seen[row]) else []
                 expected = sum((v.long() for v in last), torch.zeros(heads, slots).long())
                 assert torch.equal(counted[row], expected)
+
+
+@pytest.mark.parametrize("history", [1, 8, 13])
+def test_a_query_of_all_rows_at_once_writes_what_it_writes_row_by_row(history: int) -> None:
+    """A position that all rows share may be given as one number."""
+    source = torch.Generator().manual_seed(history)
+    apart = torch.zeros(3, 2, 5, votes.ring_bytes(history), dtype=torch.uint8)
+    together = apart.clone()
+    for position in range(30):
+        vote = random_bits(source, 3, 2, 1, 5)
+        votes.record(apart, vote, torch.full((3, 1), position), history)
+        votes.record(together, vote, position, history)
+        assert torch.equal(apart, together)
+
+
+def test_voters_are_told_by_one_number_where_all_rows_agree() -> None:
+    """The last query's position; row by row once padding has been seen."""
+    slots = Slots(2, 1, {}, {}, CPU)
+    slots.append(0, 4, 8)
+    assert votes.voters(slots, 1) == 3
+    several = votes.voters(slots, 2)
+    assert isinstance(several, torch.Tensor)
+    assert several.tolist() == [[2, 3], [2, 3]]
+    slots.truncate(3)
+    assert votes.voters(slots, 1) == 2
+    slots.append(torch.tensor([[-1], [3]]), 1, 8)
+    one = votes.voters(slots, 1)
+    assert isinstance(one, torch.Tensor)
+    assert one.tolist() == [[-1], [3]]
 
 
 def test_each_head_counts_as_many_queries_as_it_is_told() -> None:

@@ -107,8 +107,10 @@ class Cascading(Policy):
         heads = 1 if self.homogeneous else slots.heads
         grouped = seen.columns.view(len(seen.columns), heads, -1, slots.length)
         received = _reduced(grouped, self.reduce)
-        decay = self.beta ** new_tokens(slots, seen.fresh).double()
-        slots["score"].mul_(decay[..., None].float()).add_(received, alpha=1 - self.beta)
+        decay: Tensor | float = self.beta**seen.fresh
+        if slots.holes:
+            decay = (self.beta ** new_tokens(slots, seen.fresh).double())[..., None].float()
+        slots["score"].mul_(decay).add_(received, alpha=1 - self.beta)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """Insert the tokens that came since, level by level; what is in none is dropped."""

@@ -94,7 +94,7 @@ class Corm(Policy):
         share = votes.average_share(slots, number, self.threshold)
         grouped = votes.by_group(seen.rows, slots.heads)
         important = grouped.amax(2) >= share[..., None]
-        votes.record(slots["votes"], important, slots.position[:, 0, -number:], self._ring)
+        votes.record(slots["votes"], important, votes.voters(slots, number), self._ring)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """What was voted for and what is recent; the most voted for, if that is too much."""

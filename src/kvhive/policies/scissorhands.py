@@ -151,8 +151,8 @@ class Scissorhands(Policy):
         slots.reshape("low", (planes, width))
         ring = slots["low"].view(*slots["low"].shape[:2], -1, width)  # each digit has its own
         place = torch.arange(planes, dtype=torch.uint8, device=low.device)
-        digits = ((low[..., None] >> place) & 1).bool().flatten(3)
-        votes.record(ring, digits, slots.position[:, 0, -number:], history)
+        digits = ((low[..., None] >> place) & 1).flatten(3)
+        votes.record(ring, digits, votes.voters(slots, number), history)
 
     def select(self, slots: Slots, budget: Tensor) -> Tensor:
         """Drop the worst of the older tokens down to `budget - drop + 1`."""
