@@ -2,6 +2,7 @@
 
     python benchmarks/cost.py --prompt 4096 --budget 1024 --new 128 --rounds 3
     python benchmarks/cost.py --recipe h2o --recipe "snapkv(window=64)"
+    python benchmarks/cost.py --shape 2048,32,8,2                           # as wide as a 1B model
 
 Both are ratios of runs made side by side, in CPU seconds of the process, which a busy machine
 disturbs less than the clock on the wall; each figure is a median over rounds.
@@ -34,7 +35,7 @@ import torch
 from fidelity import BUZZ_VARIANTS
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import kvhive
 from kvhive.cli.words import needs_text
@@ -188,10 +189,31 @@ def every_policy() -> list[str]:
     return list(dict.fromkeys(named))
 
 
+def shaped(shape: str, dtype: str) -> PreTrainedModel:
+    """A Llama of random weights, "hidden,heads,kv_heads,layers": as wide as a larger model, but
+    shallow.
+    """
+    try:
+        hidden, heads, kv_heads, layers = map(int, shape.split(","))
+    except ValueError:
+        raise SystemExit(f"--shape: expected hidden,heads,kv_heads,layers, got {shape!r}") from None
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--shape", help="hidden,heads,kv_heads,layers: a random Llama instead")
     parser.add_argument("--prompt", type=int, default=4096, help="prompt tokens")
     parser.add_argument("--budget", default="1024", help="of recipes that name none")
     parser.add_argument("--new", type=int, default=128, help="tokens to decode, twice")
@@ -203,7 +225,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     named = args.recipe or every_policy()
     recipes = [name if "@" in name else f"{name}@{args.budget}" for name in named]
-    model, _ = kvhive.load(args.model, dtype=args.dtype)
+    if args.shape:
+        model = shaped(args.shape, args.dtype)
+    else:
+        model, _ = kvhive.load(args.model, dtype=args.dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, model.config.vocab_size - 100, (1, args.prompt), generator=generator)
     Run(model, "full", ids[:, :64])  # what is done once is not counted
@@ -211,9 +236,8 @@ def main() -> None:
     for number in range(args.rounds):
         for recipe in track(recipes, f"round {number + 1} of {args.rounds}"):
             costs[recipe].append(measure(model, recipe, ids, args.new))
-    print(
-        f"{args.prompt:,} tokens + {args.new}, {args.threads} thread(s), {args.rounds} round(s)\n"
-    )
+    what = f"{args.shape or args.model}: {args.prompt:,} tokens + {args.new}"
+    print(f"{what}, {args.threads} thread(s), {args.rounds} round(s)\n")
     print(table(costs))
 
 

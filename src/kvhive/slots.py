@@ -192,7 +192,7 @@ class Slots:
     def nbytes(self) -> int:
         """Bytes of every tensor held, spare room included."""
         held = [self._position, *self._columns.values(), *self.counters.values()]
-        held += self.state.values()
+        held += [*self.state.values(), *([] if self._counted is None else self._counted[:1])]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def _resize(self, capacity: int) -> None:
