@@ -57,7 +57,7 @@ def test_padding_is_empty() -> None:
 )
 @settings(deadline=None)
 def test_tokens_are_counted_right_after_any_steps(steps: list[str], seed: int) -> None:
-    """Counts are remembered between steps; whatever happens, they are those of a new count."""
+    """Without holes nothing is counted; whatever happens, the number is that of a count."""
     source = torch.Generator().manual_seed(seed)
     slots, seen = make(2, 1), 0
     for step in steps:

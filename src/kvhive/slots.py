@@ -71,7 +71,6 @@ class Slots:
         self.capacity = 0
         self.holes = False  # whether any of the slots in use may be empty
         self.last: int | None = None  # position of the last token seen, where all rows agree
-        self._counted: tuple[Tensor, int] | None = None  # tokens held when so many slots were
         self._position = torch.empty(batch, heads, 0, dtype=torch.int16, device=device)
         self._columns = {
             name: torch.empty(batch, heads, 0, *column.shape, dtype=column.dtype, device=device)
@@ -112,10 +111,10 @@ class Slots:
     @property
     def count(self) -> Tensor:
         """int64 `[b, K]`: tokens held."""
-        if self._counted is None:
-            self._counted = self.valid.sum(-1), self.length
-        count, length = self._counted
-        return count + (self.length - length)  # without a new count only tokens were added
+        if self.holes:
+            return self.valid.sum(-1)
+        size, device = self._position.shape[:2], self._position.device
+        return torch.full(size, self.length, dtype=torch.int64, device=device)
 
     @property
     def rank(self) -> Tensor:
@@ -154,7 +153,7 @@ class Slots:
             self._position[:, :, first:last] = new
             self.last = top
         else:
-            self.last = self._counted = None
+            self.last = None
             self._position[:, :, first:last] = position[:, None, :]
             self.holes = self.holes or bool((position < 0).any())
         for column in self._columns.values():
@@ -171,18 +170,16 @@ class Slots:
         self._columns = {
             name: take(column, source, capacity) for name, column in self._columns.items()
         }
-        self._counted = None
         self.length, self.capacity, self.holes = index.shape[-1], capacity, holes
 
     def truncate(self, length: int) -> None:
         """Forget the newest slots beyond `length`."""
         if self.last is not None:
             self.last -= self.length - length
-        self.length, self._counted = length, None
+        self.length = length
 
     def select_rows(self, rows: Tensor) -> None:
         """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
-        self._counted = None
         self._position = self._position.index_select(0, rows)
         self._columns = {k: v.index_select(0, rows) for k, v in self._columns.items()}
         self.counters = {k: v.index_select(0, rows) for k, v in self.counters.items()}
@@ -192,7 +189,7 @@ class Slots:
     def nbytes(self) -> int:
         """Bytes of every tensor held, spare room included."""
         held = [self._position, *self._columns.values(), *self.counters.values()]
-        held += [*self.state.values(), *([] if self._counted is None else self._counted[:1])]
+        held += self.state.values()
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def _resize(self, capacity: int) -> None:
