@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kvhive.budgeted import HEADROOM
 from kvhive.kernels import Needs, reference
-from kvhive.layer import HANDLE, HEADROOM, WAITING
+from kvhive.layer import HANDLE, WAITING
 from tests.support import Feeder, make_layer
 
 

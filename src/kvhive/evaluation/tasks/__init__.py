@@ -48,8 +48,8 @@ _SUITE = (
     "word_codes(asked=2)",
     "kv",
     "qa10",
-    "shared_context(asked=5)",
-    "shared_context(asked=5, turns=True)",
+    "shared_context(asked=4)",
+    "shared_context(asked=4, turns=True)",
     "cnn_dailymail(write=False)",
     "xsum(write=False)",
 )
