@@ -19,6 +19,7 @@ TIERS = (  # from the ground up: a part knows parts of lower tiers alone, and ne
     {"kernels", "placing"},
     {"policies", "allocations", "stores"},
     {"recipe", "limits", "contract", "probe"},
+    {"budgeted"},
     {"layer"},
     {"attach"},
     {"cache"},
