@@ -179,3 +179,17 @@ def test_take_reads_tensors_of_any_layout() -> None:
     index = torch.tensor([[[0, 2], [1, 3]], [[3, 3], [0, 1]]])
     expected = tensor.gather(2, index[..., None].expand(2, 2, 2, 3))
     assert torch.equal(take(tensor, index, 2), expected)
+
+
+@given(keep=keep_masks())
+@settings(deadline=None)
+def test_as_many_slots_as_before_are_written_in_place(keep: torch.Tensor) -> None:
+    """No fresh memory, and the same result as with some."""
+    index = packed_index(keep)[0].clamp_min(0)
+    n = keep.shape[-1]
+    held = torch.arange(keep.numel() * 3).view(*keep.shape, 3)
+    elsewhere = take(held, index, n + 1)
+    where = held.data_ptr()
+    here = take(held, index, n)
+    assert here.data_ptr() == where
+    assert torch.equal(here, elsewhere[:, :, :n])
