@@ -141,6 +141,18 @@ def test_the_ring_holds_the_last_queries(seed: int) -> None:
             assert sorted(held) == old[-size:]
 
 
+def test_one_query_at_the_same_position_of_all_rows_is_taken_in_alike() -> None:
+    """`add_one` writes what `add` writes, also when the ring has gone round."""
+    apart: dict[str, torch.Tensor] = {}
+    together: dict[str, torch.Tensor] = {}
+    for position in range(9):
+        query = torch.randn(2, 3, 1, 4)
+        QueryRing(apart, query, 4).add(torch.full((2, 1), position), query, None)
+        QueryRing(together, query, 4).add_one(position, query)
+        assert torch.equal(QueryRing(apart).queries, QueryRing(together).queries)
+        assert torch.equal(QueryRing(apart).position, QueryRing(together).position)
+
+
 def test_a_gaussian_is_remembered_until_it_is_forgotten() -> None:
     state: dict[str, Tensor] = {}
     for model in (

@@ -80,6 +80,10 @@ class ExpectedAttention(Policy):
         """Remember the last queries; of a step that brings as many, describe all."""
         assert seen.queries is not None
         ring = QueryRing(slots.state, seen.queries, self.queries)
+        if seen.fresh == 1 and slots.last is not None and self.queries > 1:
+            ring.add_one(slots.last, seen.queries)
+            Gaussian.forget(slots.state)
+            return
         position = slots.newest(seen.fresh)
         # Below padding there may be old slots: a query is real if its slot is newer than all known.
         real = ring.newer(position) if slots.holes else None

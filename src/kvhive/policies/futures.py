@@ -37,6 +37,12 @@ class QueryRing:
         """int64 `[b, size]`."""
         return self._position[:, :-1]
 
+    def add_one(self, position: int, query: Tensor) -> None:
+        """Take in a single query `[b, H, 1, d]`, which all rows have at the same position."""
+        place = position % (self._position.shape[1] - 1)
+        self._position[:, place] = position
+        self._queries[:, :, place] = query[:, :, 0]
+
     def add(self, position: Tensor, queries: Tensor, real: Tensor | None) -> None:
         """Take in a step's queries `[b, H, q, d]`; the newest replace the oldest.
 
