@@ -38,7 +38,7 @@ _BUILT_IN = (
     word_codes,
 )
 
-# The suite holds what a small model can do and what so can show a loss.
+# The suite holds what a small model can do and what so can show a loss with a few items a task.
 _SUITE = (
     "fidelity",
     "wikitext",
@@ -46,10 +46,8 @@ _SUITE = (
     "passkey",
     "niah_multikey",
     "word_codes(asked=2)",
-    "kv",
     "qa10",
-    "shared_context(asked=4)",
-    "shared_context(asked=4, turns=True)",
+    "shared_context(asked=5)",
     "cnn_dailymail(write=False)",
     "xsum(write=False)",
 )
