@@ -129,7 +129,7 @@ def test_keys_are_read_at_their_place_in_the_cache(recipe: str, layout: str) -> 
 def test_few_moved_keys_are_turned_once_and_counted(recipe: str, held_twice: int) -> None:
     """StreamingLLM's four sinks stay at hand turned; BUZZ's history is turned at every step."""
     stream = Stream(recipe, torch.float32)
-    for tokens in (100, *[1] * 40):
+    for tokens in (100, 1, 1):  # nothing is settled before a token follows those that were left
         stream.step(tokens)
     layer, (batch, heads) = stream.layer, stream.keys.shape[:2]
     first = layer._read_keys(layer.slots.length)
@@ -141,6 +141,20 @@ def test_few_moved_keys_are_turned_once_and_counted(recipe: str, held_twice: int
     assert layer.nbytes >= rest + placement.nbytes
     placement.forget()
     assert torch.equal(first, layer._read_keys(layer.slots.length))
+
+
+def test_a_look_right_after_an_eviction_leaves_no_trace() -> None:
+    """TOVA may drop the newest token; only the next one tells by how much the others are turned."""
+    stream, dropped = Stream("tova(positions=cache, slack=4)@20", torch.float32), 0
+    for tokens in (60, *[1] * 200):
+        stream.step(tokens)
+        slots = stream.layer.slots
+        if int(slots.position.max()) == stream.seen - 1:
+            assert stream.worst() < 1e-5
+        else:
+            dropped += 1
+            stream.layer._read_keys(slots.length)
+    assert dropped
 
 
 def test_streaming_does_not_depend_on_where_it_is() -> None:

@@ -50,6 +50,7 @@ class Placement:
     def __init__(self, rotation: Rotation | None) -> None:
         self.rotation = rotation
         self.moved = 0  # leading slots whose keys must be turned
+        self._evicted_to = 0  # slots that the last eviction left
         self.forget()
 
     def forget(self) -> None:
@@ -60,7 +61,7 @@ class Placement:
     def update(self, slots: Slots, seen: Tensor) -> None:
         """Take notice of an eviction. seen: as in `count_moved`."""
         if self.rotation is not None:
-            self.moved = count_moved(slots, seen)
+            self.moved, self._evicted_to = count_moved(slots, seen), slots.length
             self.forget()
 
     def place(self, keys: Tensor, slots: Slots, seen: int) -> Tensor:
@@ -72,11 +73,11 @@ class Placement:
             return keys
         turned = self._turned
         if turned is None:
-            if self._turns is None:
-                self._turns = turns(slots, self.moved)
-            turned = self.rotation.rotate(keys[:, :, : self.moved], self._turns, seen)
-            if self.moved * FEW <= slots.length:
-                self._turned, self._turns = turned, None
+            by = turns(slots, self.moved) if self._turns is None else self._turns
+            turned = self.rotation.rotate(keys[:, :, : self.moved], by, seen)
+            if slots.length > self._evicted_to:  # before, the newest token may have been evicted
+                few = self.moved * FEW <= slots.length
+                self._turned, self._turns = (turned, None) if few else (None, by)
         return torch.cat([turned, keys[:, :, self.moved :]], 2)
 
     @property
