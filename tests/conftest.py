@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import kvhive.models
+import kvhive.model.loading
 from tests.support import tiny_llama
 
 
@@ -39,6 +39,6 @@ def stock() -> PreTrainedModel:
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in bfloat16, shared by all tests: leave it as you found it."""
     try:
-        return kvhive.models.load("smollm2")
+        return kvhive.model.loading.load("smollm2")
     except ImportError as error:
         pytest.skip(str(error))

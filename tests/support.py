@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvhive.cache import HiveCache
-from kvhive.layer import HiveLayer
+from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.layer import HiveLayer
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvhive.layer import HiveLayer
+from kvhive.cache.layer import HiveLayer
 from kvhive.rope import FINE, Rotation
 from tests.support import make_layer
 

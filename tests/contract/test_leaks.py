@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvhive.budget import Budget
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.policies import Policy
-from kvhive.policies.selection import keep_top
+from kvhive.policies._parts.selection import keep_top
 from kvhive.recipe import Recipe
 from kvhive.slots import Slots
 from tests.contract.recipes import BUDGET, SHARES, SMALL

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 from tests.contract.recipes import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.recipe import Recipe
 from tests.contract.recipes import LARGE_SHARES, SELECTIVE, SHARES, SMALL, WHOLE, fullest
 from tests.support import Feeder, random_ids

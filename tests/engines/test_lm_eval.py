@@ -18,10 +18,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.cli import app
 from kvhive.engines.lm_eval import KvhiveLM
-from kvhive.evaluation.voices import Script, Stage
+from kvhive.evaluation.scoring import Continuation, ModelRunner
 from kvhive.recipe import Recipe
 from tests.cli import tiny
 
@@ -126,11 +126,11 @@ def test_contexts_that_are_too_long_lose_their_beginning(
 def test_answers_are_scored_on_what_the_recipe_kept(recipe: str) -> None:
     """All but the last token of a context is compressed; the rest comes as decoding would."""
     model = ours(recipe, 4)
-    stage = Stage(model.model)
+    stage = ModelRunner(model.model)
     for (context, answer), (score, _) in zip(PAIRS[:4], scored(model, PAIRS[:4]), strict=True):
         *ids, last = model.tok_encode(context)
         (voice,) = stage.read(ids, [Recipe.parse(recipe)])
-        script = Script((last, *model.tok_encode(answer)), start=1)
+        script = Continuation((last, *model.tok_encode(answer)), start=1)
         ((forced,),) = stage.force([voice], [script])
         assert score == pytest.approx(sum(forced.logprobs), abs=1e-3)
     lossless = [score for score, _ in scored(ours("full"))]

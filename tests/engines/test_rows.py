@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from kvhive.engines.rows import AT_ONCE, Rows, padded
-from kvhive.evaluation.voices import Script, Stage
+from kvhive.evaluation.scoring import Continuation, ModelRunner
 from kvhive.recipe import Recipe
 from tests.cli import tiny
 from tests.contract.recipes import SMALL
@@ -27,12 +27,12 @@ RECIPES = ["full", "h2o@70", "streaming_llm@40", "snapkv(decode=none)@60", "buzz
 
 
 @pytest.fixture(scope="module")
-def stage() -> Stage:
+def stage() -> ModelRunner:
     """The tiny model in float64, so that the order of sums does not show."""
-    return Stage(tiny.model().double())
+    return ModelRunner(tiny.model().double())
 
 
-def read(stage: Stage, recipe: str, texts: list[list[int]], block: int | None = None) -> Rows:
+def read(stage: ModelRunner, recipe: str, texts: list[list[int]], block: int | None = None) -> Rows:
     """All but the last token read as prompts, the last one as decoding would."""
     rows = Rows(stage, Recipe.parse(recipe))
     ids, real = padded(texts)
@@ -49,7 +49,7 @@ def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("block", [None, 40])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_answers_after_rows_are_as_after_each_alone(
-    stage: Stage, recipe: str, block: int | None
+    stage: ModelRunner, recipe: str, block: int | None
 ) -> None:
     scripts = torch.tensor([ids for _, ids in ANSWERS])
     logprobs, hits = read(stage, recipe, TEXTS, block).score(scripts, [row for row, _ in ANSWERS])
@@ -59,17 +59,17 @@ def test_answers_after_rows_are_as_after_each_alone(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_answers_are_scored_as_voices_score_them(stage: Stage, recipe: str) -> None:
+def test_answers_are_scored_as_voices_score_them(stage: ModelRunner, recipe: str) -> None:
     """Another way to the same: the prompt alone, its last token as the beginning of a script."""
     answer = letters(AT_ONCE + 9, seed=5)
     logprobs, hits = read(stage, recipe, TEXTS[:1]).score(torch.tensor([answer]), [0])
     (voice,) = stage.read(TEXTS[0][:-1], [Recipe.parse(recipe)])
-    ((forced,),) = stage.force([voice], [Script((TEXTS[0][-1], *answer), start=1)])
+    ((forced,),) = stage.force([voice], [Continuation((TEXTS[0][-1], *answer), start=1)])
     assert logprobs[0].tolist() == pytest.approx(forced.logprobs, abs=1e-4)
     assert hits[0].tolist() == list(forced.hits)
 
 
-def test_scoring_leaves_the_rows_as_they_are(stage: Stage) -> None:
+def test_scoring_leaves_the_rows_as_they_are(stage: ModelRunner) -> None:
     rows = read(stage, "h2o@70", TEXTS)
     scripts = torch.tensor([ids for _, ids in ANSWERS])
     asked = [row for row, _ in ANSWERS]
@@ -77,13 +77,13 @@ def test_scoring_leaves_the_rows_as_they_are(stage: Stage) -> None:
     assert torch.equal(rows.score(scripts, asked)[0], first[0])
 
 
-def test_nothing_can_be_scored_before_something_is_read(stage: Stage) -> None:
+def test_nothing_can_be_scored_before_something_is_read(stage: ModelRunner) -> None:
     with pytest.raises(ValueError, match="nothing was read yet"):
         Rows(stage, Recipe.parse("full")).score(torch.tensor([[1]]), [0])
 
 
 @pytest.mark.parametrize("text", SMALL)
-def test_texts_stream_as_each_alone(stage: Stage, text: str) -> None:
+def test_texts_stream_as_each_alone(stage: ModelRunner, text: str) -> None:
     """Every policy; in float64, which each must be able to take."""
     recipe = Recipe.parse(text)
     ids, real = padded(TEXTS)
@@ -96,7 +96,7 @@ def test_texts_stream_as_each_alone(stage: Stage, text: str) -> None:
 
 
 @torch.no_grad()
-def test_a_stream_through_the_full_cache_is_the_plain_model(stage: Stage) -> None:
+def test_a_stream_through_the_full_cache_is_the_plain_model(stage: ModelRunner) -> None:
     plain: LlamaForCausalLM = tiny.model().double()
     ids, real = padded(TEXTS[:1])
     logprobs, hits = Rows(stage, Recipe.parse("full")).stream(ids, real, 32)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvhive.decoding import end_tokens
-from kvhive.evaluation.asking import Asked
 from kvhive.evaluation.data.source import Builtin
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.framing import Frame
-from kvhive.evaluation.voices import Stage
+from kvhive.evaluation.framing import ChatFormat
+from kvhive.evaluation.protocols import ModelUnderTest
+from kvhive.evaluation.scoring import ModelRunner
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.inference.generation import end_tokens
 from kvhive.recipe import Recipe
 from tests.cli import tiny
 
@@ -51,14 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def desk(tokenizer: PreTrainedTokenizerFast) -> Desk:
+def desk(tokenizer: PreTrainedTokenizerFast) -> TaskContext:
     """Made-up data, seed 0."""
-    return Desk(Builtin(), tokenizer, 0)
+    return TaskContext(Builtin(), tokenizer, 0)
 
 
 @pytest.fixture
-def asked(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Asked:
+def asked(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> ModelUnderTest:
     """The full cache and two recipes, one of which evicts while decoding."""
     recipes = tuple(map(Recipe.parse, ("full", "h2o@70", "streaming_llm@80")))
     ends = end_tokens(network, tokenizer)
-    return Asked(Stage(network), Frame.of(tokenizer), ends, recipes)
+    return ModelUnderTest(ModelRunner(network), ChatFormat.of(tokenizer), ends, recipes)

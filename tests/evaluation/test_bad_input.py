@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from kvhive.cli import app
 from kvhive.evaluation.data import CATALOGUE
-from kvhive.evaluation.journal import LOCK, ROWS, Journal, read_rows
+from kvhive.evaluation.results import LOCK, ROWS, ResultsFolder, read_rows
 from kvhive.evaluation.tasks import TASKS
 
 PATIENCE = 300  # seconds after which a process is taken to be stuck
@@ -122,7 +122,7 @@ def test_data_that_is_less_or_other_than_expected_is_noted(evaluate, tmp_path):
 
 
 def test_a_run_in_a_folder_in_use(evaluate, tmp_path):
-    with Journal(tmp_path / "run"):
+    with ResultsFolder(tmp_path / "run"):
         assert "another run is writing to" in sentence(evaluate("-t", PASSKEY))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 

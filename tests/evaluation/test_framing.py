@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from kvhive.evaluation.framing import Frame
-from kvhive.evaluation.items import Item, Probe
+from kvhive.evaluation.framing import ChatFormat
+from kvhive.evaluation.types import Item, Probe
 from tests.cli import tiny
 
 
 def test_parts_make_up_the_template(tokenizer):
-    frame = Frame.of(tokenizer)
+    frame = ChatFormat.of(tokenizer)
     first, second = (
         Probe("\n\nWho?", cue="It was ", history="Ann."),
         Probe("\n\nWhere?", cue="In "),
@@ -32,7 +32,7 @@ def test_parts_make_up_the_template(tokenizer):
 
 
 def test_without_a_template_there_are_plain_lines():
-    frame = Frame.of(tiny.tokenizer(chat=False))
+    frame = ChatFormat.of(tiny.tokenizer(chat=False))
     probe = Probe("\n\nWho?", cue="It was ")
     item = Item("i", "A story.", "", (probe,))
     ids = [*frame.prefix(item, item.prefix), *frame.query(item, probe)]
@@ -40,7 +40,7 @@ def test_without_a_template_there_are_plain_lines():
 
 
 def test_items_outside_a_chat_are_taken_as_they_are(tokenizer):
-    frame = Frame.of(tokenizer)
+    frame = ChatFormat.of(tokenizer)
     probe = Probe((5, 6), target=(7,))
     item = Item("i", (1, 2, 3), (), (probe,), chat=False)
     assert frame.prefix(item, item.prefix) == (1, 2, 3)
@@ -52,4 +52,4 @@ def test_a_template_that_hides_words_is_refused():
     mute = tiny.tokenizer()
     mute.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}!{% endif %}"
     with pytest.raises(ValueError, match="does not show the words of every turn"):
-        Frame.of(mute)
+        ChatFormat.of(mute)

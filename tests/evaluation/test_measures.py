@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvhive.evaluation import measures
-from kvhive.evaluation.items import Answers, Item, Outcome, Probe
 from kvhive.evaluation.measures import Measure
+from kvhive.evaluation.types import Answers, Item, Outcome, Probe
 
 
 def values(measure: Measure, outcomes, probes=None, none=None, full=None):

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvhive.cli import app
-from kvhive.evaluation.journal import read_rows, read_run
+from kvhive.evaluation.results import read_rows, read_run
 from kvhive.evaluation.tasks import TASKS
 from kvhive.plugins import load_plugins
 

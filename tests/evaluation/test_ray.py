@@ -14,13 +14,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from kvhive.evaluation import ray_crew
-from kvhive.evaluation.crew import Answer, Died, Failed, Worker
-from kvhive.evaluation.journal import ROWS, read_rows
-from kvhive.evaluation.ray_crew import RayCrew, RayWorker
-from kvhive.evaluation.runner import State, evaluate
+from kvhive.evaluation import ray_workers
+from kvhive.evaluation.ray_workers import RayPool, RayWorker
+from kvhive.evaluation.results import ROWS, read_rows
+from kvhive.evaluation.scheduler import State, evaluate
 from kvhive.evaluation.settings import Settings
 from kvhive.evaluation.tasks import TASKS
+from kvhive.evaluation.workers import Answer, Died, Failed, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray and its libraries warn of much
 ROWS_EACH = 3  # full, h2o@70 and the floor
@@ -90,10 +90,10 @@ class Watch:
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RayWorker], None]], Watch]:
     """`watch(before)`: `before(worker)` is called while the worker is at a unit; see `Watch`."""
     seen = Watch()
-    wait = RayCrew.wait
+    wait = RayPool.wait
 
     def watching(before: Callable[[RayWorker], None] = lambda worker: None) -> Watch:
-        def noted(crew: RayCrew, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
+        def noted(crew: RayPool, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
             for worker in busy:
                 assert isinstance(worker, RayWorker)
                 before(worker)
@@ -106,7 +106,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RayWorker], No
                 seen.nodes.append(worker.here()[0])
             return worker, answer
 
-        monkeypatch.setattr(RayCrew, "wait", noted)
+        monkeypatch.setattr(RayPool, "wait", noted)
         return seen
 
     return watching
@@ -161,8 +161,8 @@ def test_a_lost_node_loses_nothing(cluster, address, settings, alone, tmp_path, 
 def test_places_that_others_hold_are_not_waited_for(
     address, settings, alone, tmp_path, watch, monkeypatch
 ):
-    monkeypatch.setattr(ray_crew, "POLL", 0.2)
-    monkeypatch.setattr(ray_crew, "PATIENCE", 0.5)
+    monkeypatch.setattr(ray_workers, "POLL", 0.2)
+    monkeypatch.setattr(ray_workers, "PATIENCE", 0.5)
     ray.init(address=address, log_to_driver=False)
     try:
         holder = ray.remote(num_cpus=1)(_Holder).remote()
@@ -174,7 +174,7 @@ def test_places_that_others_hold_are_not_waited_for(
             evaluate(settings, tmp_path, ray="elsewhere:1")
         second = ray.remote(num_cpus=1)(_Holder).remote()
         ray.get(second.hold.remote())
-        monkeypatch.setattr(ray_crew, "START", 0.5)
+        monkeypatch.setattr(ray_workers, "START", 0.5)
         with pytest.raises(OSError, match=r"no node of the Ray cluster had 1 CPU free"):
             evaluate(settings, tmp_path / "none", ray=address)
     finally:
@@ -205,7 +205,7 @@ def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(
 ):
     """The task comes from a file, named by a relative path: actors work in another folder."""
     monkeypatch.setattr(TASKS, "_classes", dict(TASKS._classes))
-    monkeypatch.setattr(RayCrew, "size", 1)  # one after another: item 0 is done first
+    monkeypatch.setattr(RayPool, "size", 1)  # one after another: item 0 is done first
     monkeypatch.chdir(tmp_path)
     Path("deadly.py").write_text(_DEADLY)
     deadly = replace(
@@ -252,7 +252,7 @@ def _closed() -> int:
     ],
 )
 def test_no_cluster_is_told(settings, tmp_path, monkeypatch, address, reason):
-    monkeypatch.setattr(ray_crew, "ANSWER", 2.0)
+    monkeypatch.setattr(ray_workers, "ANSWER", 2.0)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{_closed()}")  # what "auto" goes by
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as other:
         address = address.format(closed=_closed(), other=other.getsockname()[1])

@@ -23,7 +23,7 @@ from kvhive.evaluation.report.markdown import as_markdown
 from kvhive.evaluation.report.page import report_page
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.report.table import leaderboard, task_tables
-from kvhive.evaluation.runner import evaluate
+from kvhive.evaluation.scheduler import evaluate
 from kvhive.evaluation.settings import Settings
 from kvhive.evaluation.statistics import Interval
 

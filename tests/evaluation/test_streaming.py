@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kvhive.cache import HiveCache
-from kvhive.evaluation.items import Item, Probe
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.evaluation.streaming import compare, compare_bare, in_pieces, stream
+from kvhive.evaluation.types import Item, Probe
 from kvhive.recipe import Recipe
 from tests.cli import tiny
 

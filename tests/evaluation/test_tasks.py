@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from kvhive.evaluation.data.source import Builtin
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.framing import Frame
-from kvhive.evaluation.items import Item
+from kvhive.evaluation.framing import ChatFormat
+from kvhive.evaluation.nouns import NOUNS
 from kvhive.evaluation.tasks import GROUPS, TASKS, Task, parse_task, parse_tasks
-from kvhive.evaluation.words import NOUNS
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item
 
 # A byte is a token here, so lists of words and of examples are long.
 SMALL = {
@@ -35,7 +35,7 @@ def small(name: str) -> Task:
     return parse_task(SMALL.get(name, name))
 
 
-def first(task: Task, desk: Desk, count: int = 3) -> list[Item]:
+def first(task: Task, desk: TaskContext, count: int = 3) -> list[Item]:
     return list(islice(task.items(desk), count))
 
 
@@ -49,7 +49,7 @@ def test_items_are_well_formed(name, desk, tokenizer):
     items = first(task, desk)
     assert len(items) == 3
     assert len({item.id for item in items}) == 3
-    frame = Frame.of(tokenizer)
+    frame = ChatFormat.of(tokenizer)
     for item in items:
         json.dumps([dict(item.facts), [dict(probe.facts) for probe in item.probes]])
         assert len(frame.prefix(item, item.prefix)) > len(frame.prefix(item, item.bare))
@@ -66,7 +66,7 @@ def test_items_are_well_formed(name, desk, tokenizer):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_seed_gives_the_same_items(name, desk, tokenizer):
     task = small(name)
-    again = Desk(Builtin(), tokenizer, desk.seed)
+    again = TaskContext(Builtin(), tokenizer, desk.seed)
     assert first(task, desk) == first(task, again)
 
 
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_items(name, desk, tokenizer):
     "name", ["passkey", "niah_multikey", "word_codes", "vt", "fwe", "verbatim"]
 )
 def test_another_seed_gives_others(name, desk, tokenizer):
-    other = Desk(Builtin(), tokenizer, desk.seed + 1)
+    other = TaskContext(Builtin(), tokenizer, desk.seed + 1)
     assert first(small(name), desk, 1) != first(small(name), other, 1)
 
 

@@ -10,9 +10,9 @@ import zlib
 import pytest
 import torch
 
+from kvhive.comparison.survivors import Survivors
 from kvhive.html.hive_map import hive_map, summary
 from kvhive.html.png import data_uri
-from kvhive.survivors import Survivors
 
 
 def decoded(uri: str) -> tuple[torch.Tensor, bytes]:

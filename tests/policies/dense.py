@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from tests.support import random_ids, read
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvhive.budget import Budget
+from kvhive.cache.layer import HiveLayer
 from kvhive.kernels import NOTHING, reference
-from kvhive.layer import HiveLayer
 from kvhive.policies import Policy
 from kvhive.policies.buzz import Buzz
 from kvhive.stores.dense import Dense

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvhive.cache.layer import HiveLayer
 from kvhive.kernels import Observed
-from kvhive.layer import HiveLayer
 from kvhive.policies.buzz import Buzz, generations
 from kvhive.recipe import Recipe
 from kvhive.stores.dense import Dense

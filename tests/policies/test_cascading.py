@@ -13,9 +13,9 @@ from kvhive.recipe import Recipe
 from kvhive.slots import Slots
 from tests.support import Feeder
 
+from ._parts.test_cascade import SlowCascade
 from .oracles import SlowWindow
 from .rig import Rig, small_numbers
-from .test_cascade import SlowCascade
 
 STEPS = [30, 1, 1, 1, 9, 1, 1, 25, 1, 1, 1, 1, 40, *[1] * 30]
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvhive.budget import Budget
-from kvhive.cache import HiveCache
-from kvhive.layer import HiveLayer
+from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.layer import HiveLayer
+from kvhive.policies._parts.futures import Gaussian
 from kvhive.policies.expected_attention import ExpectedAttention
-from kvhive.policies.futures import Gaussian
 from kvhive.rope import Rotation
 from kvhive.stores.dense import Dense
 from tests.support import random_ids, read

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.policies.kv_compress import KVCompress
 from kvhive.recipe import Recipe
 from kvhive.slots import Slots

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.policies import Policy
+from kvhive.policies._parts.selection import joint_ranks
 from kvhive.policies.full import Full
 from kvhive.policies.l2norm import L2Norm
-from kvhive.policies.selection import joint_ranks
 from kvhive.rope import Rotation
 from tests.support import Feeder, random_ids, read
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from tests.support import Feeder, kept_sets, left_padded, random_ids, read, tiny_llama
 
 RECIPES = [

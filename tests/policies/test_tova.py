@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvhive.budget import Budget
+from kvhive.cache.layer import HiveLayer
 from kvhive.kernels import Observed
-from kvhive.layer import HiveLayer
 from kvhive.policies.tova import Tova
 from kvhive.slots import Slots
 from kvhive.stores.dense import Dense

@@ -27,9 +27,9 @@ from kvhive.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from kvhive.comparison import Result
-    from kvhive.document import Document
-    from kvhive.prompt import Prompt
+    from kvhive.comparison.compare import Result
+    from kvhive.inference.chat import Prompt
+    from kvhive.inference.document import Document
 
 _DEFAULT_RECIPES = ["full", "buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
 
@@ -92,12 +92,12 @@ def compare(
 
     [dim]$[/dim] man bash | kvhive compare - --ask "What does set -e do?" -r 'buzz(stride=7)@2048'
     """
-    from kvhive.comparison import REFERENCE
-    from kvhive.comparison import compare as run
-    from kvhive.document import Document
+    from kvhive.comparison.compare import REFERENCE
+    from kvhive.comparison.compare import compare as run
     from kvhive.html.page import check_writable
     from kvhive.html.plot import check_plots
-    from kvhive.prompt import DEFAULT_QUESTION, Prompt
+    from kvhive.inference.chat import DEFAULT_QUESTION, Prompt
+    from kvhive.inference.document import Document
     from kvhive.recipe import Recipe
 
     recipes = [Recipe.parse(text) for text in recipe or _DEFAULT_RECIPES]
@@ -207,9 +207,9 @@ def _write(
     facts: list[str],
     notes: list[str],
 ) -> None:
+    from kvhive.comparison.shading import pieces
     from kvhive.html.page import write_page
     from kvhive.html.report import report_page
-    from kvhive.shading import pieces
 
     words = pieces(source.text, prompt)
     write_page(path, report_page(results, source.name, facts, notes, words, command_line()))

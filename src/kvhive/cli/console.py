@@ -105,11 +105,11 @@ class Commands(TyperGroup):
 def load_model(
     name: str, dtype: str, device: str, threads: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`kvhive.models.load` with a sign of life, and without the advice transformers logs."""
+    """`kvhive.model.loading.load` with a sign of life, and without the advice transformers logs."""
     with err().status(f"loading {name}"):
         import torch
 
-        from kvhive.models import be_quiet, load
+        from kvhive.model.loading import be_quiet, load
 
         be_quiet()
         if threads is not None:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from kvhive.cli.console import Device, Dtype, Model, Plugin, Threads, err, note
 
 if TYPE_CHECKING:
-    from kvhive.evaluation.runner import State
+    from kvhive.evaluation.scheduler import State
 
 STOPPED = 130  # as shells report a program that was interrupted
 _RECIPES = ["buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
@@ -100,9 +100,9 @@ def evaluate(
 
     [dim]$[/dim] kvhive evaluate -r buzz@0.4 -r h2o@0.4 -t passkey --limit 20 --out runs/first
     """
-    from kvhive.evaluation.runner import evaluate as run
+    from kvhive.evaluation.scheduler import evaluate as run
     from kvhive.evaluation.settings import Settings
-    from kvhive.models import be_quiet
+    from kvhive.model.loading import be_quiet
 
     settings = Settings(
         model=model,

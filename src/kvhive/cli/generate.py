@@ -43,10 +43,10 @@ def generate(
     """
     import torch
 
-    from kvhive.cache import HiveCache
-    from kvhive.decoding import check_length, decode, end_tokens, read
-    from kvhive.document import STDIN, Document
-    from kvhive.prompt import chat_ids
+    from kvhive.cache.hive_cache import HiveCache
+    from kvhive.inference.chat import chat_ids
+    from kvhive.inference.document import STDIN, Document
+    from kvhive.inference.generation import check_length, decode, end_tokens, read
     from kvhive.recipe import Recipe
 
     parsed = Recipe.parse(recipe)

@@ -23,7 +23,7 @@ from kvhive.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from kvhive.shading import Word
+    from kvhive.comparison.shading import Word
 
 # From hardly any head to all of them: dark to bright ground, with letters that stay readable on it.
 _SHADES = (
@@ -63,14 +63,14 @@ def show(
 
     [dim]$[/dim] kvhive show report.txt --recipe 'h2o(recent=64)@512' --html kept.html
     """
-    from kvhive.cache import HiveCache
-    from kvhive.decoding import check_length, read
-    from kvhive.document import Document
+    from kvhive.cache.hive_cache import HiveCache
+    from kvhive.comparison.shading import pieces, shade
+    from kvhive.comparison.survivors import Survivors
     from kvhive.html.page import check_writable, write_page
-    from kvhive.prompt import Prompt
+    from kvhive.inference.chat import Prompt
+    from kvhive.inference.document import Document
+    from kvhive.inference.generation import check_length, read
     from kvhive.recipe import Recipe
-    from kvhive.shading import pieces, shade
-    from kvhive.survivors import Survivors
 
     parsed = Recipe.parse(recipe)
     if html is not None:

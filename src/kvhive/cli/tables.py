@@ -6,8 +6,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvhive.comparison import Result
-from kvhive.report import MIB
+from kvhive.cache.report import MIB
+from kvhive.comparison.compare import Result
 
 _LEAST_COLUMN = 26  # characters: narrower columns of prose are hard to read
 

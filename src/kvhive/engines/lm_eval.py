@@ -25,13 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvhive import __version__
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.engines.arguments import count, known, split
 from kvhive.engines.arguments import device as device_for
 from kvhive.engines.rows import AT_ONCE, Rows, padded
 from kvhive.engines.tally import Tally
-from kvhive.evaluation.voices import MOST_BYTES, Stage
-from kvhive.models import load
+from kvhive.evaluation.scoring import MOST_BYTES, ModelRunner
+from kvhive.model.loading import load
 from kvhive.recipe import Recipe
 
 BLOCK = 32  # tokens of a text without a question that are fed between two evictions
@@ -92,7 +92,7 @@ class KvhiveLM(HFLM):  # type: ignore[misc]
         self.positions = HiveCache.for_model(pretrained, self.recipe).positions  # or says why not
         with _without_advice():
             super().__init__(pretrained, tokenizer=tokenizer, batch_size=size, **more)
-        self.stage = Stage(self.model)
+        self.stage = ModelRunner(self.model)
         self.tally = Tally()
 
     @classmethod

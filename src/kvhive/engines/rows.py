@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvhive.cache import HiveCache
-from kvhive.evaluation.voices import Stage, needs_single_steps, score
+from kvhive.cache.hive_cache import HiveCache
+from kvhive.evaluation.scoring import ModelRunner, needs_single_steps, score
 from kvhive.recipe import Recipe
 
 AT_ONCE = 32  # tokens scored in one step where the recipe allows it: bounds the logits held
@@ -25,7 +25,7 @@ class Rows:
     stage: the model. logits: `[rows, vocabulary]` of the next token; None before anything was fed.
     """
 
-    def __init__(self, stage: Stage, recipe: Recipe) -> None:
+    def __init__(self, stage: ModelRunner, recipe: Recipe) -> None:
         self.stage = stage
         self.cache = HiveCache.for_model(stage.model, recipe)
         self.logits: Tensor | None = None

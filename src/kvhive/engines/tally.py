@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvhive.cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache
 
 
 @dataclass

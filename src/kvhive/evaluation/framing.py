@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from kvhive.evaluation.items import Item, Part, Probe
+from kvhive.evaluation.types import Item, Part, Probe
 
 _MARKS = ("kvhive-mark-one", "kvhive-mark-two", "kvhive-mark-three")
 
 
 @dataclass(frozen=True)
-class Frame:
+class ChatFormat:
     """What a model's chat form puts around words.
 
     head: before a user's first words. answer: from the end of a user's turn to the answer. gap:
@@ -27,7 +27,7 @@ class Frame:
     turn: str
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         """Read off the chat template; plain "Answer:" lines for a model without one.
 
         Raises `ValueError` for a template that hides the words.

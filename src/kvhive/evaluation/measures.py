@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Literal
 
 from kvhive.evaluation import text_metrics
-from kvhive.evaluation.items import Answers, Outcome, Probe
+from kvhive.evaluation.types import Answers, Outcome, Probe
 
 Values = Sequence[float | None]  # one for every probe; None where the measure does not apply
 Unit = Literal["share", "nats", "perplexity"]

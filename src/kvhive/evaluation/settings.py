@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvhive.evaluation.asking import FULL, Mode
+from kvhive.evaluation.protocols import FULL, Mode
 from kvhive.evaluation.tasks import Task, parse_tasks
 from kvhive.plugins import load_plugins
 from kvhive.recipe import Recipe
@@ -83,7 +83,7 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """What must agree for rows to belong to one run (data and plugins by their checksums, see
-        `Lab.facts`).
+        `Evaluator.facts`).
         """
         values = asdict(self)
         del values["threads"], values["data"], values["plugins"]

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from statistics import mean, median, quantiles
 
 import torch
 from torch import Tensor
 
-from kvhive.cache import HiveCache
-from kvhive.evaluation.asking import Asked
-from kvhive.evaluation.items import Held, Item, Outcome, Performance
-from kvhive.evaluation.leading import Attended, lead
-from kvhive.evaluation.voices import Script, Voice, held
+from kvhive.cache.hive_cache import HiveCache
+from kvhive.evaluation.protocols import ModelUnderTest
+from kvhive.evaluation.scoring import Continuation, Sequence, held
+from kvhive.evaluation.teacher_forcing import Attended, lead
+from kvhive.evaluation.types import CacheStats, Item, Outcome, RecipeResult
 
 TOP = 5
 TOGETHER = 16  # recipes whose logits are held at one time
 
 
-def stream(asked: Asked, ids: Sequence[int], block: int, skip: int) -> list[Performance]:
+def stream(
+    asked: ModelUnderTest, ids: abc.Sequence[int], block: int, skip: int
+) -> list[RecipeResult]:
     """Feed a text block by block, every policy acting after each; score each token from `skip` on.
 
     A token is scored under the cache that the block before left (and the tokens of its own block).
     """
     stage = asked.stage
     caches = [HiveCache.for_model(stage.model, recipe) for recipe in asked.recipes]
-    starts: list[Held] = []
+    starts: list[CacheStats] = []
     scores: list[list[tuple[float, bool]]] = [[] for _ in caches]
     for begin in range(0, len(ids) - 1, block):
         step = list(ids[begin : min(begin + block, len(ids) - 1)])
@@ -37,12 +39,12 @@ def stream(asked: Asked, ids: Sequence[int], block: int, skip: int) -> list[Perf
         for score, logits in zip(scores, said, strict=True):
             score += list(zip(*_scored(logits[0, first:], wanted[first:]), strict=True))
     return [
-        Performance(str(recipe), (_outcome(score),), start, held(cache))
+        RecipeResult(str(recipe), (_outcome(score),), start, held(cache))
         for recipe, score, start, cache in zip(asked.recipes, scores, starts, caches, strict=True)
     ]
 
 
-def in_pieces(asked: Asked, ids: Sequence[int], piece: int, skip: int) -> Performance:
+def in_pieces(asked: ModelUnderTest, ids: abc.Sequence[int], piece: int, skip: int) -> RecipeResult:
     """The floor of `stream`: every piece of the text read alone by the full cache."""
     score: list[tuple[float, bool]] = []
     (recipe,) = asked.recipes
@@ -50,12 +52,12 @@ def in_pieces(asked: Asked, ids: Sequence[int], piece: int, skip: int) -> Perfor
         part = list(ids[begin : begin + piece])
         (voice,) = asked.stage.read((), [recipe])
         if part[1:]:
-            ((forced,),) = asked.stage.force([voice], [Script(tuple(part), 1)])
+            ((forced,),) = asked.stage.force([voice], [Continuation(tuple(part), 1)])
             score += list(zip(forced.logprobs, forced.hits, strict=True))
-    return Performance(str(recipe), (_outcome(score),), voice.end, voice.end)
+    return RecipeResult(str(recipe), (_outcome(score),), voice.end, voice.end)
 
 
-def compare(asked: Asked, item: Item) -> list[Performance]:
+def compare(asked: ModelUnderTest, item: Item) -> list[RecipeResult]:
     """Next-token distributions on the item's target after its prefix, against the full cache's.
 
     The first recipe is the full cache. All are fed the same ids: one by one where a recipe evicts
@@ -72,22 +74,24 @@ def compare(asked: Asked, item: Item) -> list[Performance]:
         pairs = zip(_logits(asked, voices[group], ids), attended[group], strict=True)
         told += [_fidelity(logits, truth, ids, seen) for logits, seen in pairs]
     return [
-        Performance(voice.recipe, (outcome,), start, voice.end)
+        RecipeResult(voice.recipe, (outcome,), start, voice.end)
         for voice, outcome, start in zip(voices, told, starts, strict=True)
     ]
 
 
-def compare_bare(asked: Asked, item: Item) -> Performance:
+def compare_bare(asked: ModelUnderTest, item: Item) -> RecipeResult:
     """The floor of `compare`: the full cache, which is the only recipe, without the prefix."""
     ids = asked.frame.target(item.probes[0])
     (informed,) = asked.stage.read(asked.frame.prefix(item, item.prefix), asked.recipes)
     (without,) = asked.stage.read((), asked.recipes)
     truth, bare = (_logits(asked, [voice], ids)[0] for voice in (informed, without))
     outcome = _fidelity(bare, truth, ids, None)
-    return Performance(without.recipe, (outcome,), without.end, without.end)
+    return RecipeResult(without.recipe, (outcome,), without.end, without.end)
 
 
-def _logits(asked: Asked, voices: Sequence[Voice], ids: Sequence[int]) -> list[Tensor]:
+def _logits(
+    asked: ModelUnderTest, voices: abc.Sequence[Sequence], ids: abc.Sequence[int]
+) -> list[Tensor]:
     """Logits `[tokens, vocabulary]` after each token but the last, on the CPU; the voices go on."""
     said = asked.stage.follow(voices, ids[:-1])
     return [logits.cpu() for logits in said]
@@ -99,13 +103,13 @@ def _scored(logits: Tensor, wanted: Tensor) -> tuple[list[float], list[bool]]:
     return chosen.tolist(), (wide.argmax(-1) == wanted).tolist()
 
 
-def _outcome(score: Sequence[tuple[float, bool]]) -> Outcome:
+def _outcome(score: abc.Sequence[tuple[float, bool]]) -> Outcome:
     logprobs, hits = zip(*score, strict=True)
     return Outcome(tuple(logprobs), tuple(hits))
 
 
 def _fidelity(
-    logits: Tensor, truth: Tensor, ids: Sequence[int], attended: Attended | None
+    logits: Tensor, truth: Tensor, ids: abc.Sequence[int], attended: Attended | None
 ) -> Outcome:
     """Distances of `[tokens, vocabulary]` logits from the full cache's, and what was attended."""
     ours, theirs = logits.float().log_softmax(-1), truth.float().log_softmax(-1)

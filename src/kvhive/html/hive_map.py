@@ -7,8 +7,8 @@ import base64
 import torch
 from torch import Tensor
 
+from kvhive.comparison.survivors import Survivors
 from kvhive.html.png import data_uri
-from kvhive.survivors import Survivors
 
 _MOST_COLUMNS, _PROFILE_COLUMNS = 1600, 400
 _HEIGHT = 340  # pixels, about: rows are a whole number of pixels high

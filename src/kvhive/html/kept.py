@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from html import escape
 
+from kvhive.cache.report import Report
+from kvhive.comparison.shading import Word
+from kvhive.comparison.survivors import Survivors
 from kvhive.html.hive_map import hive_map, summary
 from kvhive.html.page import COLOURS, page
 from kvhive.html.report import words_data
-from kvhive.report import Report
-from kvhive.shading import Word
-from kvhive.survivors import Survivors
 
 _MAP_NOTE = (
     "Every line is a KV head, layers from top to bottom; a token is coloured where it survived. "

@@ -6,8 +6,8 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from kvhive.comparison import Result
-from kvhive.report import MIB
+from kvhive.cache.report import MIB
+from kvhive.comparison.compare import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

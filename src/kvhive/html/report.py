@@ -6,11 +6,11 @@ import json
 from html import escape
 from itertools import takewhile
 
-from kvhive.comparison import Answer, Result
+from kvhive.cache.report import MIB
+from kvhive.comparison.compare import Answer, Result
 from kvhive.html.hive_map import hive_map, summary
 from kvhive.html.page import COLOURS, GREY, page
 from kvhive.html.plot import plot
-from kvhive.report import MIB
 
 _COLUMNS = (
     "recipe",

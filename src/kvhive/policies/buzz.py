@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import NOTHING, Needs, Observed
-from kvhive.policies import cells as hive
+from kvhive.policies._parts import cells as hive
+from kvhive.policies._parts.cells import Regions
+from kvhive.policies._parts.selection import recent
 from kvhive.policies.base import POLICIES, Policy, Positions, knob
-from kvhive.policies.cells import Regions
-from kvhive.policies.selection import recent
 from kvhive.slots import Column, Slots
 
 SMALL = 32  # budgets below this get one sink instead of four

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.cascade import insert
+from kvhive.policies._parts.selection import new_tokens
 from kvhive.policies.base import POLICIES, Policy, Positions, at_least, knob, one_of
-from kvhive.policies.cascade import insert
-from kvhive.policies.selection import new_tokens
 from kvhive.slots import Column, Slots
 
 MOST_SINKS, MOST_LEVELS = 64, 32

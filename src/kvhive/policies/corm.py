@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
-from kvhive.policies import votes
+from kvhive.policies._parts import votes
+from kvhive.policies._parts.selection import keep_top, recent
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
-from kvhive.policies.selection import keep_top, recent
 from kvhive.slots import Column, Slots
 
 MOST, LEAST = 256, 16  # bounds of history and recent where the tokens seen decide them

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.selection import keep_top, layer_mean, new_tokens, recent, sinks
 from kvhive.policies.base import POLICIES, Policy, at_least, knob
-from kvhive.policies.selection import keep_top, layer_mean, new_tokens, recent, sinks
 from kvhive.slots import Column, Slots
 
 

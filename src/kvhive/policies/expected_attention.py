@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.futures import Gaussian, QueryRing, fit
+from kvhive.policies._parts.selection import grouped, keep_top, lengths, sinks
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
-from kvhive.policies.futures import Gaussian, QueryRing, fit
-from kvhive.policies.selection import grouped, keep_top, lengths, sinks
 from kvhive.slots import Column, Slots
 
 HELD_AND_QUERIES = Needs(keys=True, values=True, queries=True)

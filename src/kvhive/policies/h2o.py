@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.selection import keep_top, recent
 from kvhive.policies.base import POLICIES, Policy, knob
-from kvhive.policies.selection import keep_top, recent
 from kvhive.slots import Column, Slots
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.selection import keep_top
 from kvhive.policies.base import POLICIES, Policy, knob, one_of
-from kvhive.policies.selection import keep_top
 from kvhive.slots import Column, Slots
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
-from kvhive.policies import pages
+from kvhive.policies._parts import pages
+from kvhive.policies._parts.selection import grouped, new_tokens
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
-from kvhive.policies.selection import grouped, new_tokens
 from kvhive.slots import Column, Slots
 
 

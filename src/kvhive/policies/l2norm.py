@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.selection import joint_ranks, keep_top, lengths, recent
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
 from kvhive.policies.full import Full
-from kvhive.policies.selection import joint_ranks, keep_top, lengths, recent
 from kvhive.slots import Column, Slots
 
 ROUNDING = 5e-7  # norms this close, relatively, are equal: a few roundings of float32

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvhive.policies._parts.selection import keep_top, recent, sinks
 from kvhive.policies.base import POLICIES, Policy, at_least, knob
-from kvhive.policies.selection import keep_top, recent, sinks
 from kvhive.slots import Slots
 
 LARGEST_SEED = 2**31 - 1

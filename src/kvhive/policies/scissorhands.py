@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
-from kvhive.policies import votes
+from kvhive.policies._parts import votes
+from kvhive.policies._parts.endorsement import Rule, endorse
+from kvhive.policies._parts.selection import keep_top, recent
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
-from kvhive.policies.endorsement import Rule, endorse
-from kvhive.policies.selection import keep_top, recent
 from kvhive.slots import Column, Slots
 
 MOST = 400  # queries remembered by default, and the width of the ring unless history= sets it

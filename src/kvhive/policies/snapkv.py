@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.selection import grouped, keep_top, recent
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
-from kvhive.policies.selection import grouped, keep_top, recent
 from kvhive.slots import Column, Slots
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvhive.policies._parts.selection import recent, sinks
 from kvhive.policies.base import POLICIES, Policy, Positions, knob
-from kvhive.policies.selection import recent, sinks
 from kvhive.slots import Slots
 
 

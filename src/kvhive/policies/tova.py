@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Needs, Observed
+from kvhive.policies._parts.selection import grouped, keep_top, layer_mean, recent
 from kvhive.policies.base import POLICIES, Policy, knob
-from kvhive.policies.selection import grouped, keep_top, layer_mean, recent
 from kvhive.slots import Column, Slots
 
 LAST_ROW = Needs(last_rows=1)

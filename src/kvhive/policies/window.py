@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvhive.policies._parts.selection import recent
 from kvhive.policies.base import POLICIES, Policy, Positions
-from kvhive.policies.selection import recent
 from kvhive.slots import Slots
 
 

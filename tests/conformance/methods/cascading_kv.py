@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvhive.budget import Budget
-from kvhive.layer import HiveLayer
+from kvhive.cache.layer import HiveLayer
 from kvhive.policies.cascading import Cascading
 from kvhive.rope import Rotation
 from kvhive.stores.dense import Dense

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvhive.layer import HiveLayer
+from kvhive.cache.layer import HiveLayer
 from kvhive.policies.corm import Corm
 from kvhive.stores.dense import Dense
 

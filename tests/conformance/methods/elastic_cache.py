@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvhive.layer import HiveLayer
+from kvhive.cache.layer import HiveLayer
 from kvhive.policies.elastic import Elastic
 from kvhive.slots import packed_index
 from kvhive.stores.dense import Dense

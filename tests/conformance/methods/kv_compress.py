@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kvhive.budget import Budget
+from kvhive.cache.layer import HiveLayer
 from kvhive.kernels import attend
-from kvhive.layer import HiveLayer
 from kvhive.policies.kv_compress import KVCompress
 from kvhive.slots import Slots, packed_index
 from kvhive.stores.dense import Dense

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvhive.budget import Budget
-from kvhive.layer import HiveLayer
+from kvhive.cache.layer import HiveLayer
 from kvhive.policies.l2norm import L2Norm
 from kvhive.stores.dense import Dense
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvhive.layer import HiveLayer
-from kvhive.policies.endorsement import endorse
+from kvhive.cache.layer import HiveLayer
+from kvhive.policies._parts.endorsement import endorse
 from kvhive.policies.scissorhands import Scissorhands
 from kvhive.slots import Slots
 from kvhive.stores.dense import Dense

@@ -8,12 +8,12 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from kvhive.cache.report import MIB
 from kvhive.evaluation.report.charts import Point, heat_map, quality_plot, turn_plot
 from kvhive.evaluation.report.run import Run, front
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import FULL, Interval, Score, Standing, by_fact
 from kvhive.html.page import COLOURS, GREY, page
-from kvhive.report import MIB
 
 _SKILL_NOTE = (
     "Skill is (score - floor) / (full - floor): 100 % like the full cache, 0 % like a model that "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvhive.evaluation.journal import read_rows, read_run
+from kvhive.evaluation.results import read_rows, read_run
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import Row, Score, Standing, scores, standings
 from kvhive.evaluation.tasks import parse_task

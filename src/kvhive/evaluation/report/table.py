@@ -8,10 +8,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from kvhive.cache.report import MIB
 from kvhive.evaluation.report.run import Run
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import FULL, Interval, Score, Standing
-from kvhive.report import MIB
 
 
 def leaderboard(run: Run) -> Table:

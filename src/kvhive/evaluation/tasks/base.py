@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
-from kvhive.evaluation.asking import Asked, Mode, ask, converse
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Part, Performance
 from kvhive.evaluation.measures import Measure
+from kvhive.evaluation.protocols import Mode, ModelUnderTest, ask, converse
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Part, RecipeResult
 from kvhive.registry import Registry, did_you_mean
 
 
@@ -50,15 +50,15 @@ class Task:
         for one in fields(self):
             _check_range(self.name, one.name, getattr(self, one.name), one.metadata)
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """Items in a fixed order; may go on for ever, the runner takes the first few."""
         raise TypeError(f"{type(self).__name__} does not say what it asks")
 
-    def run(self, asked: Asked, item: Item, mode: Mode) -> list[Performance]:
+    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """All recipes on one item."""
         return ask(asked, item, item.prefix, mode, self.most_aware)
 
-    def floor(self, asked: Asked, item: Item, mode: Mode) -> Performance:
+    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """The full cache without what the questions are about."""
         return ask(asked.only_full(), item, item.bare, mode, self.most_aware)[0]
 
@@ -77,15 +77,17 @@ class Conversation(Task):
 
     turns: bool = knob(False, "ask one after another on one cache, with the right answers between")
 
-    def run(self, asked: Asked, item: Item, mode: Mode) -> list[Performance]:
+    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """Apart from each other, or as turns."""
         return self._play(asked, item, item.prefix, mode)
 
-    def floor(self, asked: Asked, item: Item, mode: Mode) -> Performance:
+    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """The same without the context."""
         return self._play(asked.only_full(), item, item.bare, mode)[0]
 
-    def _play(self, asked: Asked, item: Item, context: Part, mode: Mode) -> list[Performance]:
+    def _play(
+        self, asked: ModelUnderTest, item: Item, context: Part, mode: Mode
+    ) -> list[RecipeResult]:
         way = converse if self.turns else ask
         return way(asked, item, context, mode, self.most_aware)
 

@@ -8,11 +8,11 @@ from random import Random
 from typing import ClassVar
 
 from kvhive.evaluation.data.made_up import coded_word
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import SHARE_FOUND
+from kvhive.evaluation.nouns import NOUNS
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
-from kvhive.evaluation.words import NOUNS
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 
 @TASKS.register("cwe")
@@ -31,7 +31,7 @@ class CommonWords(Task):
     tokens: int = knob(1024, "length of the list, about")
     common: int = knob(5, "frequent words", most=20)
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """New words every time."""
         number = 0
         tell = "Below is a numbered list of words. Memorise the ones that appear most often.\n\n"
@@ -71,7 +71,7 @@ class FrequentWords(Task):
 
     tokens: int = knob(1024, "length of the text, about")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """New words every time."""
         number = 0
         tell = "Read the following coded text and track the frequency of each coded word.\n\n"

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.asking import Asked, Mode
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Performance, Probe
 from kvhive.evaluation.measures import measured
+from kvhive.evaluation.protocols import Mode, ModelUnderTest
 from kvhive.evaluation.streaming import compare, compare_bare
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe, RecipeResult
 
 
 @TASKS.register("fidelity")
@@ -42,7 +42,7 @@ class Fidelity(Task):
     tokens: int = knob(1024, "tokens compressed")
     scored: int = knob(64, "tokens compared after them")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """Windows of the articles at hand that are long enough, one of each."""
         size = self.tokens + self.scored
         for record in desk.records("wikitext2"):
@@ -53,10 +53,10 @@ class Fidelity(Task):
                 prefix = ids[: self.tokens]
                 yield Item(record["id"], prefix, (), (probe,), chat=False, facts=facts)
 
-    def run(self, asked: Asked, item: Item, mode: Mode) -> list[Performance]:
+    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """All recipes on one text."""
         return compare(asked, item)
 
-    def floor(self, asked: Asked, item: Item, mode: Mode) -> Performance:
+    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """Without the text."""
         return compare_bare(asked.only_full(), item)

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Outcome, Probe
 from kvhive.evaluation.measures import (
     CHOICE,
     EXACT,
@@ -17,6 +15,8 @@ from kvhive.evaluation.measures import (
     per_probe,
 )
 from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Outcome, Probe
 
 _TELL = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 
@@ -56,7 +56,7 @@ class KeyValue(Conversation):
                 f"{self.asked}, pairs={self.pairs}"
             )
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """From each record the asked pair and others drawn from it, shuffled."""
         for record in desk.records("kv_retrieval"):
             rng = desk.random("kv", record["id"])

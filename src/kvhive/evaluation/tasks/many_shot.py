@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import EXACT, NLL, TOKEN_ACCURACY
 from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 _EXAMPLE = re.compile(r"Question: (.+?)\nType: (.+?)(?:\n|$)")
 
@@ -30,7 +30,7 @@ class Trec(Conversation):
     shots: int = knob(40, "examples in the context")
     asked: int = knob(5, "questions of one context")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """From each long list of examples some as context and others to ask, again and again."""
         records = [one for one in desk.records("longbench_mini") if one["dataset"] == "trec"]
         number = 0

@@ -8,11 +8,11 @@ from random import Random
 from typing import ClassVar
 
 from kvhive.evaluation.data.made_up import random_uuid
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, SHARE_FOUND, TOKEN_ACCURACY
+from kvhive.evaluation.nouns import NOUNS
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
-from kvhive.evaluation.words import NOUNS
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 _TELL = "Some special magic {kind}s are hidden within the following text. Memorise them.\n\n"
 _HAY = ("book", "repeat", "needles")
@@ -31,7 +31,7 @@ class Niah(Task):
     hay: str = knob("book", "text; 'needles': nothing but other needles", among=_HAY)
     kind: str = knob("number", "'number': seven digits", among=("number", "uuid"))
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """Needles at random depths."""
         number = 0
         while True:
@@ -50,7 +50,7 @@ class Niah(Task):
             random_uuid(rng) if self.kind == "uuid" else str(rng.randrange(1_000_000, 10_000_000))
         )
 
-    def _hay(self, desk: Desk, rng: Random, told: dict[str, list[str]]) -> str:
+    def _hay(self, desk: TaskContext, rng: Random, told: dict[str, list[str]]) -> str:
         lines = [
             _NEEDLE.format(kind=self.kind, word=word, value=value)
             for word, values in told.items()

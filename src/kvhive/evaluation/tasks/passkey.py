@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 _TELL = "There is important information hidden in the text below. Remember it.\n\n"
 
@@ -32,7 +32,7 @@ class Passkey(Task):
     )
     decoys: int = knob(0, "keys of another name in the same text", least=0, most=45)
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """All depths of the first length, then of the next, and again with other keys."""
         number = 0
         while True:
@@ -41,7 +41,7 @@ class Passkey(Task):
                     yield self._item(desk, number, length, depth)
                     number += 1
 
-    def _item(self, desk: Desk, number: int, length: int, depth: float) -> Item:
+    def _item(self, desk: TaskContext, number: int, length: int, depth: float) -> Item:
         rng = desk.random("passkey", number)
         keys = [str(key) for key in rng.sample(range(10_000, 100_000), 10 + self.decoys)]
         key, others = keys[0], keys[1:10]

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.asking import Asked, Mode
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Performance, Probe
 from kvhive.evaluation.measures import PERPLEXITY, TOKEN_ACCURACY
+from kvhive.evaluation.protocols import Mode, ModelUnderTest
 from kvhive.evaluation.streaming import in_pieces, stream
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe, RecipeResult
 
 _PIECE = 64  # tokens the floor reads at a time
 
@@ -40,11 +40,11 @@ class _Stream(Task):
                 f"{self.block}, skip={self.skip}, tokens={self.tokens}"
             )
 
-    def text(self, desk: Desk) -> str:
+    def text(self, desk: TaskContext) -> str:
         """The text that is cut into segments."""
         raise TypeError(f"{type(self).__name__} has no text")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """Segments side by side, from the beginning."""
         ids = desk.ids(self.text(desk))
         for start in range(0, len(ids) - self.tokens + 1, self.tokens):
@@ -53,11 +53,11 @@ class _Stream(Task):
             facts = {"length": self.tokens, "block": self.block}
             yield Item(name, segment, (), (Probe(()),), chat=False, facts=facts)
 
-    def run(self, asked: Asked, item: Item, mode: Mode) -> list[Performance]:
+    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """All recipes on one segment."""
         return stream(asked, asked.frame.ids(item.prefix), self.block, self.skip)
 
-    def floor(self, asked: Asked, item: Item, mode: Mode) -> Performance:
+    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """Without what came more than 64 tokens before."""
         ids = asked.frame.ids(item.prefix)
         return in_pieces(asked.only_full(), ids, _PIECE, self.skip)
@@ -70,7 +70,7 @@ class WikiText(_Stream):
 
     data: ClassVar = ("wikitext2",)
 
-    def text(self, desk: Desk) -> str:
+    def text(self, desk: TaskContext) -> str:
         """The articles at hand, joined by their order in the split."""
         records = sorted(desk.records("wikitext2"), key=lambda record: int(record["order"]))
         return "".join(str(record["text"]) for record in records)
@@ -83,7 +83,7 @@ class Books(_Stream):
 
     data: ClassVar = ("books",)
 
-    def text(self, desk: Desk) -> str:
+    def text(self, desk: TaskContext) -> str:
         """One book."""
         return str(desk.records("books")[0]["text"])
 
@@ -102,7 +102,7 @@ class WikiTextTail(Task):
     tokens: int = knob(1024, "tokens compressed")
     scored: int = knob(128, "tokens scored after them")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """Windows side by side."""
         ids, size = desk.ids(WikiText().text(desk)), self.tokens + self.scored
         for start in range(0, len(ids) - size + 1, size):

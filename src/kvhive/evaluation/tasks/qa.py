@@ -6,10 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.asking import Mode
 from kvhive.evaluation.data import Record
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import (
     ANSWER_GAIN,
     CENTRED_CHOICE,
@@ -22,7 +19,10 @@ from kvhive.evaluation.measures import (
     STRICT_EXACT_MATCH,
     SUBSTRING,
 )
+from kvhive.evaluation.protocols import Mode
 from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 _TELL = (
     "Write a high-quality answer for the given question using only the provided search results "
@@ -45,7 +45,7 @@ def question_text(question: str) -> str:
     return f"\n\nQuestion: {question.rstrip('?')}?"
 
 
-def choice_probe(desk: Desk, record: Record, records: Sequence[Record]) -> Probe:
+def choice_probe(desk: TaskContext, record: Record, records: Sequence[Record]) -> Probe:
     """Its own answer against nine answers of other questions, after the cue."""
     rng = desk.random("choices", record["id"])
     own = {answer.lower() for answer in record["answers"]}
@@ -83,7 +83,7 @@ class _TenDocuments(Task):
 
     written: ClassVar[bool] = False
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """Question by question; each in all the places its gold document is at."""
         files = [desk.records(name) for name in self.data]
         for row, _ in enumerate(files[0]):
@@ -174,7 +174,7 @@ class SharedContext(Conversation):
         """
         return ("agnostic", "aware") if self.turns else ("agnostic",)
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """One for every context."""
         for record in desk.records("shared_context_nq"):
             answers = [turn["answers"][0] for turn in record["turns"]]

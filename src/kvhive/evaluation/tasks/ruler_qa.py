@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvhive.evaluation.data.made_up import people
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, F1, MARGIN, SUBSTRING
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 _TELL = "Answer the question based on the given documents.\n\n"
 
@@ -26,7 +26,7 @@ class RulerQa(Task):
 
     tokens: int = knob(1024, "length of the context")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """New people every time."""
         number = 0
         while True:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import (
     REFERENCE_NLL,
     ROUGE_1,
@@ -18,6 +16,8 @@ from kvhive.evaluation.measures import (
     SAME_AS_FULL,
 )
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Summary(Task):
     tokens: int = knob(1500, "most tokens of an article")
     write: bool = knob(True, "write a summary too; False: only score the reference")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """One for every article."""
         for record in desk.records(self.data[0]):
             article = desk.cut(record["article"], self.tokens)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Answers, Item, Probe
 from kvhive.evaluation.measures import EXACT, REFERENCE_NLL, TOKEN_ACCURACY, Measure, Values
 from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Answers, Item, Probe
 
 
 def _only(part: str, measure: Measure) -> Measure:
@@ -39,7 +39,7 @@ class SummaryNeedle(Conversation):
 
     tokens: int = knob(1000, "most tokens of an article")
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """One for every article; the needle is a sentence somewhere in it."""
         for record in desk.records("xsum"):
             rng = desk.random("summary_needle", record["id"])

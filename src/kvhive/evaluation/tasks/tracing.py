@@ -9,10 +9,10 @@ from random import Random
 from string import ascii_uppercase
 from typing import ClassVar
 
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, SHARE_FOUND
 from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 _TELL = "Memorise the chains of variable assignment hidden in the following text.\n\n"
 
@@ -41,7 +41,7 @@ class VariableTracing(Conversation):
                 f"vt: asked must be at most chains, got asked={self.asked}, chains={self.chains}"
             )
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """New names and values every time."""
         number = 0
         while True:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.asking import Mode
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import NLL, TOKEN_ACCURACY
+from kvhive.evaluation.protocols import Mode
 from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 
 @TASKS.register("verbatim")
@@ -42,7 +42,7 @@ class Verbatim(Task):
                 f"cue={self.cue}, answer={self.answer}"
             )
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """A new passage every time."""
         break_ids = desk.ids("\n\n")
         number = 0

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvhive.evaluation.desk import Desk
-from kvhive.evaluation.items import Item, Probe
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
+from kvhive.evaluation.nouns import NOUNS
 from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
-from kvhive.evaluation.words import NOUNS
+from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.evaluation.types import Item, Probe
 
 _TELL = "Memorise the code of every word below. A code will be asked later.\n\n"
 
@@ -39,7 +39,7 @@ class WordCodes(Conversation):
                 f"pairs={self.pairs}"
             )
 
-    def items(self, desk: Desk) -> Iterator[Item]:
+    def items(self, desk: TaskContext) -> Iterator[Item]:
         """New words and codes every time."""
         number = 0
         while True:

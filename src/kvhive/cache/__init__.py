@@ -1,0 +1,1 @@
+"""The cache: one step of one layer, and the face users see."""

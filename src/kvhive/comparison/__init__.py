@@ -1,0 +1,1 @@
+"""Several recipes on one document, side by side."""

@@ -1,0 +1,289 @@
+"""The main job: several recipes on the same document and questions, measured side by side.
+
+Every recipe reads the document through its own cache, answers the questions greedily, and is then
+fed the full cache's answers token by token, so that its next-token distributions can be compared
+with the full cache's on the same text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.report import Report
+from kvhive.comparison.survivors import Survivors
+from kvhive.inference.chat import Prompt
+from kvhive.inference.generation import check_length, decode, end_tokens, read
+from kvhive.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Mode = Literal["agnostic", "aware"]
+Progress = Callable[[str, str, float], None]
+REFERENCE = Recipe.parse("full")
+_READING, _WARM_UP = 0.4, 64
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Next-token distributions against the full cache's, on the full cache's own answers.
+
+    kl: mean of KL(full || recipe) over `positions` answer tokens, in nats. top1: share of them at
+    which both put the same token first.
+    """
+
+    kl: float
+    top1: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question and what was said to it. tokens: its ids, the end of the turn included."""
+
+    question: str
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One recipe's run.
+
+    reference: whether this is the full cache the others are compared with. report, survivors: the
+    cache after it has read the document (`mode="aware"`: and the first question). prefill_seconds:
+    time to read that, compression included. decode_rate: tokens a second, from the median answer
+    token; None when no answer has two. fidelity: None when the document is too long for a full
+    cache to compare with.
+    """
+
+    recipe: str
+    reference: bool
+    answers: tuple[Answer, ...]
+    report: Report
+    survivors: Survivors
+    prefill_seconds: float
+    decode_rate: float | None
+    fidelity: Fidelity | None
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    questions: Sequence[str],
+    recipes: Sequence[Recipe | str],
+    *,
+    max_new_tokens: int = 64,
+    mode: Mode = "agnostic",
+    prefill_chunk: int | None = None,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Run every recipe on `document` and `questions`; the full cache comes first, asked for or not.
+
+    mode: "agnostic" compresses the document before a question is seen and asks each question on a
+    copy; "aware" reads document and question together. prefill_chunk: read in steps of so many
+    tokens. progress: told (recipe, what happens now, share done).
+
+    A document beyond the length the model was trained on has no full cache to compare with: the
+    recipes that can read it run without the reference, and their `fidelity` is None.
+
+    Raises `ValueError` before anything runs for input or a recipe that cannot work.
+    """
+    if not questions:
+        raise ValueError("compare: give at least one question")
+    for name, tokens in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"{name} must be at least 1, got {tokens}")
+    if mode not in ("agnostic", "aware"):
+        raise ValueError(f"mode must be 'agnostic' or 'aware', got {mode!r}")
+    prompt = Prompt.build(tokenizer, document, list(questions))
+    asked = list(dict.fromkeys(Recipe.parse(recipe) for recipe in recipes))
+    bench = _Bench(
+        model, tokenizer, prompt, tuple(questions), max_new_tokens, mode, prefill_chunk, progress
+    )
+    order = bench.order(asked)
+    bench.warm_up()
+    reference: list[_Spoken] | None = None
+    results = []
+    for recipe in order:
+        result, spoken = bench.run(recipe, reference)
+        results.append(result)
+        if recipe == REFERENCE:
+            reference = spoken
+    return results
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """A greedy answer: its ids, the logits each was taken from, and the seconds of every step."""
+
+    ids: list[int]
+    logits: list[Tensor]
+    seconds: list[float]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all recipes of one comparison share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+    questions: tuple[str, ...]
+    limit: int
+    mode: Mode
+    chunk: int | None
+    progress: Progress | None
+
+    def order(self, asked: list[Recipe]) -> list[Recipe]:
+        """The reference, unless it cannot run, and then the others; all of them checked."""
+        others = [recipe for recipe in asked if recipe != REFERENCE]
+        if not others or REFERENCE in asked or self._fits(REFERENCE):
+            others.insert(0, REFERENCE)
+        for recipe in others:
+            cache = HiveCache.for_model(self.model, recipe)
+            check_length(cache, self.prompt.longest, self.limit, self.chunk)
+        return others
+
+    def warm_up(self) -> None:
+        """A few steps whose time nobody counts: first calls load weights and kernels."""
+        cache = HiveCache.for_model(self.model, REFERENCE)
+        logits = read(self.model, cache, self.prompt.prefix[:_WARM_UP])
+        for _ in decode(self.model, cache, logits, 3):
+            pass
+
+    def run(self, recipe: Recipe, reference: list[_Spoken] | None) -> tuple[Result, list[_Spoken]]:
+        """Read, answer every question, and measure the distance from the reference."""
+        name, count = str(recipe), len(self.questions)
+        base, prefill_seconds = None, []
+        spoken: list[_Spoken] = []
+        distances: list[tuple[float, bool]] = []
+        for number in range(count):
+            if base is None or self.mode == "aware":
+                start = time.perf_counter()
+                base, logits = self._read(recipe, number, name)
+                prefill_seconds.append(time.perf_counter() - start)
+            if number == 0:
+                report, survivors = base.report(), Survivors.of(base)
+            self._tell(
+                name, f"question {number + 1} of {count}", number / count, after_reading=True
+            )
+            cache = base
+            if self.mode == "agnostic":
+                cache = base.fork()
+                logits = read(self.model, cache, self.prompt.questions[number])
+            spoken.append(self._speak(cache.fork(), logits))
+            if reference is not None:
+                distances += self._distances(cache, logits, spoken[-1], reference[number])
+        self._tell(name, "done", 1.0)
+        return self._result(recipe, spoken, report, survivors, prefill_seconds, distances), spoken
+
+    def _read(self, recipe: Recipe, number: int, name: str) -> tuple[HiveCache, Tensor]:
+        """A cache that holds the document (aware: and the question), and the logits after it."""
+        ids = self.prompt.prefix
+        if self.mode == "aware":
+            ids += self.prompt.questions[number]
+        doing = f"reading {len(ids):,} tokens"
+        self._tell(name, doing, 0.0)
+        cache = HiveCache.for_model(self.model, recipe)
+        logits = read(
+            self.model,
+            cache,
+            ids,
+            self.chunk,
+            lambda share: self._tell(name, doing, share * _READING),
+        )
+        return cache, logits
+
+    def _speak(self, cache: HiveCache, logits: Tensor) -> _Spoken:
+        ends = end_tokens(self.model, self.tokenizer)
+        said, times = [], []
+        for pair in decode(self.model, cache, logits, self.limit, ends):
+            times.append(time.perf_counter())
+            said.append(pair)
+        seconds = [later - sooner for sooner, later in pairwise(times)]
+        return _Spoken([token for token, _ in said], [step for _, step in said], seconds)
+
+    def _distances(
+        self, cache: HiveCache, logits: Tensor, own: _Spoken, reference: _Spoken
+    ) -> list[tuple[float, bool]]:
+        """KL and top-1 agreement at every token of the reference's answer, fed through `cache`."""
+        if own.ids == reference.ids:
+            return [_distance(*pair) for pair in zip(reference.logits, own.logits, strict=True)]
+        distances = []
+        for place, token in enumerate(reference.ids):
+            distances.append(_distance(reference.logits[place], logits))
+            if place < len(reference.ids) - 1:
+                logits = read(self.model, cache, [token])
+        return distances
+
+    def _result(
+        self,
+        recipe: Recipe,
+        spoken: list[_Spoken],
+        report: Report,
+        survivors: Survivors,
+        prefill_seconds: list[float],
+        distances: list[tuple[float, bool]],
+    ) -> Result:
+        reference = recipe == REFERENCE
+        if reference:
+            distances = [(0.0, True) for said in spoken for _ in said.ids]
+        texts = [self.tokenizer.decode(said.ids, skip_special_tokens=True) for said in spoken]
+        seconds = [step for said in spoken for step in said.seconds]
+        return Result(
+            recipe=str(recipe),
+            reference=reference,
+            answers=tuple(
+                Answer(question, str(text).strip(), tuple(said.ids))
+                for question, text, said in zip(self.questions, texts, spoken, strict=True)
+            ),
+            report=report,
+            survivors=survivors,
+            prefill_seconds=sum(prefill_seconds) / len(prefill_seconds),
+            decode_rate=1 / median(seconds) if seconds else None,
+            fidelity=_summary(distances),
+        )
+
+    def _fits(self, recipe: Recipe) -> bool:
+        try:
+            check_length(
+                HiveCache.for_model(self.model, recipe), self.prompt.longest, self.limit, self.chunk
+            )
+        except ValueError:
+            return False
+        return True
+
+    def _tell(self, recipe: str, doing: str, share: float, after_reading: bool = False) -> None:
+        if self.progress is not None:
+            self.progress(
+                recipe, doing, _READING + share * (1 - _READING) if after_reading else share
+            )
+
+
+def _distance(full: Tensor, other: Tensor) -> tuple[float, bool]:
+    """KL(full || other) of next-token distributions in nats; whether their best token agrees."""
+    expected = full.float().log_softmax(-1)
+    given = other.float().log_softmax(-1)
+    kl = float((expected.exp() * (expected - given)).sum())
+    return kl, bool(expected.argmax() == given.argmax())
+
+
+def _summary(distances: list[tuple[float, bool]]) -> Fidelity | None:
+    if not distances:
+        return None
+    count = len(distances)
+    return Fidelity(
+        kl=sum(kl for kl, _ in distances) / count,
+        top1=sum(agrees for _, agrees in distances) / count,
+        positions=count,
+    )

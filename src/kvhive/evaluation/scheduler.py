@@ -1,0 +1,220 @@
+"""Give units to workers, write their rows, tell how far it is. Nothing here knows a model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kvhive.evaluation.evaluator import Loaded, Plan, Row
+from kvhive.evaluation.results import ResultsFolder
+from kvhive.evaluation.settings import NONE, Settings, Unit, units_done
+from kvhive.evaluation.workers import (
+    Alone,
+    Died,
+    Failed,
+    Processes,
+    Worker,
+    WorkerPool,
+    threads_each,
+)
+
+MOST_DEATHS = 3  # of workers at one unit
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is. left: seconds still needed, None while nothing is known. note: something to
+    tell the user once."""
+
+    done: int
+    total: int
+    unit: str = ""
+    elapsed: float = 0.0
+    left: float | None = None
+    note: str = ""
+
+
+Progress = Callable[[State], None]
+
+
+def evaluate(
+    settings: Settings,
+    out: Path,
+    *,
+    jobs: int = 1,
+    ray: str | None = None,
+    progress: Progress | None = None,
+    loaded: Loaded | None = None,
+) -> Path:
+    """Run all recipes on all tasks and write every result to the folder `out`, which is returned.
+
+    A folder with an unfinished run of the same settings is gone on with. jobs: processes; ray: the
+    address of a Ray cluster, or "auto"; its workers are as many as `jobs`, or as there are CPUs.
+    progress: told after each unit. loaded: a model and its tokenizer at hand, for `jobs=1`.
+    Raises `ValueError`, `OSError` or `ImportError` with one sentence; what was written stays.
+    """
+    settings = settings.checked()
+    tell = progress or (lambda state: None)
+    crew = _crew(settings, jobs, ray, loaded)
+    with _Dispatcher(crew) as foreman, ResultsFolder(Path(out)) as journal:
+        plan = foreman.plan()
+        for note in (*crew.notes, *plan.notes):
+            tell(State(0, len(plan.units), note=note))
+        wanted = _begin(journal, settings, plan)
+        clock = _Clock(plan, wanted)
+        tell(clock.state(""))
+        for unit, rows, seconds in foreman.work(wanted):
+            journal.append(rows)
+            tell(clock.finished(unit, seconds))
+        journal.finish(_order(plan, settings))
+    return Path(out)
+
+
+def _crew(settings: Settings, jobs: int, ray: str | None, loaded: Loaded | None) -> WorkerPool:
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if ray is not None:
+        from kvhive.evaluation.ray_workers import RayPool
+
+        return RayPool(settings, ray, jobs)
+    if jobs == 1:
+        return Alone(settings, loaded)
+    if loaded is not None:
+        raise ValueError(
+            "a model at hand cannot be shared with other processes; name it, or jobs=1"
+        )
+    if settings.threads is None:
+        settings = replace(settings, threads=threads_each(jobs))
+    return Processes(settings, jobs)
+
+
+def _begin(journal: ResultsFolder, settings: Settings, plan: Plan) -> list[Unit]:
+    """Keep the rows of whole units from an earlier part of the run; the units still to do."""
+    rows = journal.begin(settings.identity(), plan.facts)
+    done = units_done(rows, settings.recipes)
+    keys = {unit: (unit.task, unit.mode, plan.names[unit]) for unit in plan.units}
+    known = set(keys.values()) & done
+    journal.keep_only([row for row in rows if (row["task"], row["mode"], row["item"]) in known])
+    return [unit for unit in plan.units if keys[unit] not in known]
+
+
+def _order(plan: Plan, settings: Settings) -> Callable[[Row], tuple[int, int]]:
+    places = {
+        (unit.task, unit.mode, plan.names[unit]): place for place, unit in enumerate(plan.units)
+    }
+    recipes = {name: place for place, name in enumerate([*settings.recipes, NONE])}
+    return lambda row: (places[row["task"], row["mode"], row["item"]], recipes[row["recipe"]])
+
+
+class _Dispatcher:
+    """Keeps every worker of a crew busy (as in `with`: stops them at the end)."""
+
+    def __init__(self, crew: WorkerPool) -> None:
+        self._crew = crew
+        self._idle: list[Worker] = []
+        self._busy: dict[Worker, tuple[Unit | None, float]] = {}
+
+    def __enter__(self) -> _Dispatcher:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        for worker in (*self._idle, *self._busy):
+            worker.stop()
+        self._crew.close()
+
+    def plan(self) -> Plan:
+        """The plan, from the first worker that lives to tell it. Raises `OSError` if none does."""
+        for _ in range(MOST_DEATHS):
+            self._give(None)
+            answer = self._next()[1]
+            if isinstance(answer, Plan):
+                return answer
+        raise OSError(
+            f"{MOST_DEATHS} workers died one after another while they loaded the model (out of "
+            "memory?)"
+        )
+
+    def work(self, units: list[Unit]) -> Any:
+        """Yields (unit, rows, seconds) in the order of finishing.
+
+        Raises a unit's own error, and `OSError` when workers keep dying at one.
+        """
+        waiting = deque(units)
+        deaths: dict[Unit, int] = {}
+        while waiting or self._busy:
+            while waiting and len(self._busy) < self._crew.size:
+                self._give(waiting.popleft())
+            unit, answer, seconds = self._next()
+            assert unit is not None
+            if not isinstance(answer, Died):
+                yield unit, answer, seconds
+                continue
+            deaths[unit] = deaths.get(unit, 0) + answer.at_work
+            if deaths[unit] >= MOST_DEATHS:
+                raise OSError(
+                    f"{MOST_DEATHS} workers died one after another at {unit} (out of memory?); all "
+                    "other rows are saved: use fewer jobs, and run the same command again"
+                )
+            waiting.appendleft(unit)
+
+    def _give(self, unit: Unit | None) -> None:
+        worker = self._idle.pop() if self._idle else self._crew.hire()
+        self._busy[worker] = unit, time.monotonic()
+        worker.send(unit)
+
+    def _next(self) -> tuple[Unit | None, Any, float]:
+        worker, answer = self._crew.wait(list(self._busy))
+        unit, since = self._busy.pop(worker)
+        if isinstance(answer, Died):
+            worker.stop()
+        else:
+            self._idle.append(worker)
+        if isinstance(answer, Failed):
+            raise answer.error
+        return unit, answer, time.monotonic() - since
+
+
+@dataclass
+class _Clock:
+    """Guesses the time left from the mean of each task's units so far."""
+
+    plan: Plan
+    wanted: list[Unit]
+    spent: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+
+    def finished(self, unit: Unit, seconds: float) -> State:
+        """Note a unit; where that leaves us."""
+        self.spent.setdefault((unit.task, unit.mode), []).append(seconds)
+        return self.state(str(unit))
+
+    def state(self, unit: str) -> State:
+        """Now."""
+        worked = sum(map(len, self.spent.values()))
+        done = len(self.plan.units) - len(self.wanted) + worked
+        elapsed = time.monotonic() - self.begun
+        return State(done, len(self.plan.units), unit, elapsed, self._left(elapsed))
+
+    def _left(self, elapsed: float) -> float | None:
+        total = sum(map(sum, self.spent.values()))
+        count = sum(map(len, self.spent.values()))
+        if not count:
+            return None
+        waiting: Mapping[tuple[str, str], int] = _count(self.wanted)
+        needed = 0.0
+        for key, units in waiting.items():
+            told = self.spent.get(key, [])
+            each = sum(told) / len(told) if told else total / count
+            needed += each * (units - len(told))
+        return needed * elapsed / total if total else None  # workers side by side
+
+
+def _count(units: list[Unit]) -> dict[tuple[str, str], int]:
+    counts: dict[tuple[str, str], int] = {}
+    for unit in units:
+        counts[unit.task, unit.mode] = counts.get((unit.task, unit.mode), 0) + 1
+    return counts

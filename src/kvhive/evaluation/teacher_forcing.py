@@ -1,0 +1,103 @@
+"""What compressed caches would attend to if every layer were handed the full cache's own states.
+
+The full cache runs on; its queries, new keys and values go to the other caches too. So the
+attention each layer loses, and by how much its output is off, is seen apart from errors of the
+layers before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.layer import HANDLE, HiveLayer
+from kvhive.evaluation.scoring import ModelRunner
+from kvhive.inference.shared_prefill import Group, Together, can_join
+from kvhive.kernels import Needs, attend
+
+
+@dataclass(frozen=True)
+class Attended:
+    """mass: share of the full cache's attention that falls on tokens still held, mean over layers
+    and KV heads; least_mass: of the worst head. error: ||output - full output|| / ||full output||,
+    mean over layers.
+    """
+
+    mass: float
+    least_mass: float
+    error: float
+
+
+def lead(stage: ModelRunner, caches: Sequence[HiveCache], ids: Sequence[int]) -> list[Attended]:
+    """One step of `ids` on copies of `caches`, of which the first is the full one; a result for
+    each.
+
+    Raises `ValueError` for models whose caches cannot run side by side.
+    """
+    if not all(can_join(cache) for cache in caches):
+        raise ValueError("fidelity needs a model whose layers all hold keys and values")
+    copies = [cache.fork() for cache in caches]
+    for copy in copies:
+        copy.freeze()
+    led = _Led(copies)
+    stage.step(led, [ids], keep=1)
+    leaders = [layer for layer in led.layers if isinstance(layer, _Leader)]
+    results = []
+    for place in range(len(copies)):
+        shares = [share for layer in leaders for share in layer.masses[place]]
+        errors = [layer.errors[place] for layer in leaders]
+        results.append(Attended(mean(shares), min(shares), mean(errors)))
+    return results
+
+
+class _Led(Cache):
+    def __init__(self, caches: Sequence[HiveCache]) -> None:
+        compressed = set(caches[0].compressed)
+        layers: list[Any] = [
+            (_Leader if index in compressed else Together)(
+                [cache.layers[index] for cache in caches]
+            )
+            for index in range(len(caches[0].layers))
+        ]
+        super().__init__(layers=layers)
+
+
+class _Leader(Group):
+    """The full cache's layer attends; the others are asked what they would have made of it."""
+
+    members: list[HiveLayer]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to all; attention then finds this layer."""
+        self._before = [member.slots.position for member in self.members]
+        for member in self.members:
+            member.update(key_states.clone(), value_states.clone())
+        keys = key_states.view(key_states.shape)
+        setattr(keys, HANDLE, self)
+        return keys, value_states
+
+    def attend(self, query: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
+        """The full cache's attention; measures the others on the way."""
+        full = self.members[0]
+        asked = Needs(columns="sum")
+        report = attend(query, full.store.keys, full.store.values, scale, asked)[1]
+        assert report.columns is not None
+        columns, fresh = report.columns, query.shape[2]
+        total, new = columns.sum(-1), columns[..., -fresh:].sum(-1)
+        outputs = [member.attend(query, scale) for member in self.members]
+        truth = outputs[0].float()
+        self.masses: list[list[float]] = []
+        self.errors: list[float] = []
+        for output, position in zip(outputs, self._before, strict=True):
+            held = columns.gather(-1, position.long().clamp_min(0)) * (position >= 0)
+            self.masses.append(((held.sum(-1) + new) / total).flatten().tolist())
+            self.errors.append(float((output.float() - truth).norm() / truth.norm()))
+        return outputs[0]

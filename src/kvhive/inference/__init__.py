@@ -1,0 +1,1 @@
+"""Models fed through caches: reading, generating, several caches in one pass."""

@@ -1,0 +1,197 @@
+"""Scoring and writing through compressed caches, against the obvious way to do the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from kvhive.cache.hive_cache import HiveCache
+from kvhive.evaluation.scoring import (
+    Continuation,
+    ModelRunner,
+    Sequence,
+    TokenScores,
+    evicts_while_decoding,
+    held,
+)
+from kvhive.recipe import Recipe
+from tests.cli import tiny
+
+RECIPES = ["full", "h2o@60", "streaming_llm@40", "snapkv(decode=none)@50", "buzz@80"]
+PROMPT = tuple(range(3, 153))
+SCRIPTS = [
+    Continuation((9, 8, 7, 6)),
+    Continuation((40, 41, 42, 43, 44, 45, 46), start=3),
+    Continuation((5,)),
+    Continuation((100, 90), start=1),
+]
+
+
+@pytest.fixture(scope="module")
+def plain() -> LlamaForCausalLM:
+    """The model of `network`, never attached."""
+    return tiny.model().double()
+
+
+def voices(
+    network: LlamaForCausalLM, block: int | None = None, most: int = 2**30
+) -> list[Sequence]:
+    return ModelRunner(network, block, most).read(PROMPT, [Recipe.parse(text) for text in RECIPES])
+
+
+@torch.no_grad()
+def one_by_one(
+    network: LlamaForCausalLM, recipe: str, script: Continuation, hold: bool = False
+) -> TokenScores:
+    """Feed prompt and script token by token after the prompt; the literal algorithm."""
+    cache = HiveCache.for_model(network, recipe)
+    logits = network(torch.tensor([PROMPT]), past_key_values=cache).logits[0, -1]
+    if hold:
+        cache.freeze()
+    logprobs, hits = [], []
+    for place, token in enumerate(script.ids):
+        if place >= script.start:
+            logprobs.append(float(logits.log_softmax(-1)[token]))
+            hits.append(int(logits.argmax()) == token)
+        step = network(torch.tensor([[token]]), past_key_values=cache)
+        logits = step.logits[0, -1]
+    return TokenScores(tuple(logprobs), tuple(hits))
+
+
+def close(one: TokenScores, other: TokenScores) -> bool:
+    return one.hits == other.hits and one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_scores_are_those_of_the_literal_algorithm(network):
+    told = ModelRunner(network).force(voices(network), SCRIPTS)
+    for recipe, results in zip(RECIPES, told, strict=True):
+        for script, forced in zip(SCRIPTS, results, strict=True):
+            assert close(forced, one_by_one(network, recipe, script)), (recipe, script)
+
+
+def test_held_caches_lose_nothing_after_the_prompt(network):
+    recipes = [*RECIPES, "elastic@60", "cascading@64"]
+    stage = ModelRunner(network, hold=True)
+    singers = stage.read(PROMPT, [Recipe.parse(text) for text in recipes])
+    kept = [voice.cache.positions_kept()[0][0, 0].tolist() for voice in singers]
+    for recipe, results in zip(recipes, stage.force(singers, SCRIPTS), strict=True):
+        for script, forced in zip(SCRIPTS, results, strict=True):
+            assert close(forced, one_by_one(network, recipe, script, hold=True)), (recipe, script)
+    stage.advance(singers, (9, 8, 7, 6))
+    for voice, before in zip(singers, kept, strict=True):
+        after = voice.cache.positions_kept()[0][0, 0].tolist()
+        assert after == [*before, 150, 151, 152, 153], voice.recipe
+
+
+def test_the_full_cache_scores_as_the_plain_model(network, plain):
+    (results, *_) = ModelRunner(network).force(voices(network), SCRIPTS)
+    for script, forced in zip(SCRIPTS, results, strict=True):
+        with torch.no_grad():
+            logits = plain(torch.tensor([[*PROMPT, *script.ids]])).logits[0].log_softmax(-1)
+        places = range(len(PROMPT) + script.start, len(PROMPT) + len(script.ids))
+        ids = [*PROMPT, *script.ids]
+        expected = [float(logits[place - 1, ids[place]]) for place in places]
+        assert forced.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_little_memory_changes_nothing(network):
+    plenty = ModelRunner(network).force(voices(network), SCRIPTS)
+    little = ModelRunner(network, most_bytes=1).force(voices(network), SCRIPTS)
+    for one, other in zip(plenty, little, strict=True):
+        assert all(close(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_scoring_leaves_the_voices_where_they_are(network):
+    stage, singers = ModelRunner(network), voices(network)
+    before = [voice.cache.positions_kept() for voice in singers]
+    first = stage.force(singers, SCRIPTS)
+    for voice, kept in zip(singers, before, strict=True):
+        now = voice.cache.positions_kept()
+        assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
+    again = stage.force(singers, SCRIPTS)
+    assert all(
+        close(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=False)
+    )
+
+
+def test_going_on_is_decoding(network):
+    """A question after the prompt is fed as decoding would feed it, never compressed anew."""
+    stage, singers = ModelRunner(network), voices(network)
+    question = tuple(range(60, 75))
+    stage.advance(singers, question)
+    for recipe, voice in zip(RECIPES, singers, strict=True):
+        cache = HiveCache.for_model(network, recipe)
+        with torch.no_grad():
+            network(torch.tensor([PROMPT]), past_key_values=cache)
+            for token in question:
+                logits = network(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+        assert torch.allclose(voice.logits, logits, atol=1e-4)
+        for ours, literal in zip(voice.cache.positions_kept(), cache.positions_kept(), strict=True):
+            assert torch.equal(ours, literal), recipe
+
+
+def test_who_evicts_while_decoding():
+    said = {text: evicts_while_decoding(Recipe.parse(text)) for text in RECIPES}
+    assert said == {
+        "full": False,
+        "h2o@60": True,
+        "streaming_llm@40": True,
+        "snapkv(decode=none)@50": False,
+        "buzz@80": True,
+    }
+
+
+def test_answers_are_those_of_generate(network):
+    stage, singers = ModelRunner(network), voices(network)
+    written = stage.generate(singers, 12, lambda answer: False)
+    for recipe, answer in zip(RECIPES, written, strict=True):
+        cache = HiveCache.for_model(network, recipe)
+        ids = torch.tensor([PROMPT])
+        output = network.generate(
+            ids, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        assert answer == output[0, len(PROMPT) :].tolist(), recipe
+
+
+def test_a_finished_answer_lets_the_others_go_on(network):
+    stage, singers = ModelRunner(network), voices(network)
+    whole = stage.generate([voice.fork() for voice in singers], 12, lambda answer: False)
+    stop = whole[0][2]
+    cut = stage.generate(singers, 12, lambda answer: answer[-1] == stop)
+    for long, short in zip(whole, cut, strict=True):
+        end = long.index(stop) + 1 if stop in long else 12
+        assert short == long[:end]
+
+
+def test_blocks_evict_after_each(network):
+    """Strict reading: no head ever holds more than budget + block."""
+    stage = ModelRunner(network, block=16)
+    recipes = [Recipe.parse(text) for text in ("full", "h2o@60", "snapkv(decode=none)@50")]
+    for recipe, voice in zip(recipes, stage.read(PROMPT, recipes), strict=True):
+        cache = HiveCache.for_model(network, recipe)
+        with torch.no_grad():
+            for start in range(0, len(PROMPT), 16):
+                step = torch.tensor([PROMPT[start : start + 16]])
+                logits = network(step, past_key_values=cache).logits[0, -1]
+        assert torch.allclose(voice.logits, logits, atol=1e-4)
+        for ours, own in zip(voice.cache.positions_kept(), cache.positions_kept(), strict=True):
+            assert torch.equal(ours, own)
+
+
+def test_what_is_held_is_measured(network):
+    for recipe, voice in zip(RECIPES, voices(network), strict=True):
+        report = voice.cache.report()
+        now = held(voice.cache)
+        assert now.seen == len(PROMPT)
+        assert now.nbytes == report.nbytes == sum(x.nbytes for x in voice.cache.hive_layers())
+        assert now.kept == pytest.approx(report.tokens_kept)
+        assert (now.kept < len(PROMPT)) == (recipe != "full")
+
+
+def test_nothing_read_yet(network):
+    (voice,) = ModelRunner(network).read((), [Recipe.parse("full")])
+    with pytest.raises(ValueError, match="nothing was read"):
+        ModelRunner(network).force([voice], [Continuation((1, 2))])
+    ((forced,),) = ModelRunner(network).force([voice], [Continuation((7, 8, 9), start=1)])
+    assert len(forced.logprobs) == 2
