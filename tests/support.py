@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.hive_cache import HiveCache, make_layers
 from kvhive.cache.layer import HiveLayer
+from kvhive.cache.speculation import crop
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 
@@ -186,36 +187,35 @@ class Feeder:
 
     def take_back(self, tokens: int) -> None:
         """Crop the layer, and wind the tapes back."""
-        self.layer.crop(-tokens)
+        crop([self.layer], tokens)
         self.seen = [seen - tokens for seen in self.seen]
 
     def check(self) -> None:
-        """Is what is held in order, and as it was written unless the policy merges tokens?"""
-        slots, store = self.layer.slots, self.layer.store
+        """Is what is held in order, and as it was written unless the policy merges tokens?
+
+        Keys whose positions are counted in the cache are turned, which changes no length.
+        """
+        slots = self.layer.slots
+        keys, values = self.layer.store.view()
         position, valid = slots.position.long(), slots.valid
-        assert store.length == slots.length
-        assert bool((valid[..., 1:] | ~valid[..., :-1]).all()), "empty slots must come first"
-        rises = position[..., 1:] > position[..., :-1]
-        assert bool((rises | ~valid[..., :-1]).all()), "positions must ascend"
+        assert self.layer.store.length == slots.length
+        if not slots.gaps:
+            assert bool((valid[..., 1:] | ~valid[..., :-1]).all()), "empty slots must come first"
+        before = position.cummax(-1).values[..., :-1]
+        assert bool(((position[..., 1:] > before) | ~valid[..., 1:]).all()), "positions must ascend"
         if self.layer.policy.merges:
             return
         index = position.clamp_min(0)[..., None].expand(*position.shape, self.width)
-        for held, written in ((store.keys, self.keys), (store.values, self.values)):
-            same = (held == written.gather(2, index)).all(-1)
-            assert bool((same | ~valid).all()), "a slot does not hold its own token"
+        written = self.keys.gather(2, index)
+        if self.layer.turning.rotation is None:
+            same = (keys == written).all(-1)
+        else:
+            same = (keys.norm(dim=-1) - written.norm(dim=-1)).abs() < 1e-4
+        assert bool((same | ~valid).all()), "a slot does not hold its own key"
+        same = (values == self.values.gather(2, index)).all(-1)
+        assert bool((same | ~valid).all()), "a slot does not hold its own value"
 
 
 def make_layer(recipe: Recipe | str, rotation: Rotation | None = None) -> HiveLayer:
     """The layer a one-layer model would get for `recipe`."""
-    recipe = Recipe.parse(recipe)
-    policy = recipe.policy.for_layer(0, 1)
-    return HiveLayer(
-        policy=policy,
-        budget=recipe.budget,
-        store=recipe.store,
-        spread=lambda budget, heads: recipe.allocation.spread(
-            budget, 1, heads, policy.least_budget
-        )[0],
-        rotation=rotation,
-        slack=recipe.slack,
-    )
+    return make_layers(Recipe.parse(recipe), [rotation])[0]

@@ -1,4 +1,5 @@
-"""Memory for what the cache keeps: blocks that go back to the system when they are freed.
+"""Memory for what the cache keeps: blocks that go back to the system when they are freed, and the
+copies of slots that evictions and growth make.
 
 On CPU, tensors that outlive a step must not lie between the step's temporaries: the heap around
 them could then never shrink, and an evicted cache would leave the process as large as a full one.
@@ -26,3 +27,31 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a forked process gets a copy of its own
     pages = mmap.mmap(-1, number * dtype.itemsize, flags=private)
     return torch.frombuffer(pages, dtype=dtype, count=number).view(shape)
+
+
+def take(tensor: Tensor, index: Tensor, room: int) -> Tensor:
+    """Gather slots: `[b, K, n, *rest]` at index int64 `[b, K, k]` -> `[b, K, room, *rest]`.
+
+    Slots k..room-1 are zeroed room to grow. Where there were as many slots before, they are written
+    in place: fresh pages would cost more than all the copying. Whole rows are copied
+    (`index_select` on the flattened tensor), several times faster on CPU than an element-wise
+    `gather`.
+    """
+    batch, heads, n, *rest = tensor.shape
+    kept = index.shape[-1]
+    base = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * n
+    rows = tensor.reshape(batch * heads * n, *rest).index_select(0, (index + base).flatten())
+    rows = rows.view(batch, heads, kept, *rest)
+    if n != room:
+        return widen(rows, kept, room)
+    tensor[:, :, :kept] = rows
+    tensor[:, :, kept:] = 0
+    return tensor
+
+
+def widen(tensor: Tensor, used: int, room: int) -> Tensor:
+    """A copy of the first `used` slots of `[b, K, n, *rest]` with zeroed room for `room`."""
+    batch, heads, _, *rest = tensor.shape
+    wide = zeros((batch, heads, room, *rest), tensor.dtype, tensor.device)
+    wide[:, :, :used] = tensor[:, :, :used]
+    return wide

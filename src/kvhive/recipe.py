@@ -47,32 +47,33 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_parts()
         name = self.policy.name
-        if self.budget is None and self.policy.implied_budget is not None:
-            object.__setattr__(self, "budget", Budget(tokens=self.policy.implied_budget))
-        if self.budget is not None and not self.policy.takes_budget:
+        sizing = self.policy.sizing
+        if self.budget is None and sizing.implied is not None:
+            object.__setattr__(self, "budget", Budget(tokens=sizing.implied))
+        if self.budget is not None and not sizing.budgeted:
             raise ValueError(f"{name} takes no budget; leave @{self.budget} out")
-        if self.budget is None and not self.policy.takes_own_size:
+        if self.budget is None and sizing.budgeted and sizing.alone is None:
             raise ValueError(f"{name} needs a budget: {name}@0.4 keeps 40 %, {name}@1024 tokens")
         tokens = None if self.budget is None else self.budget.tokens
-        implied = self.policy.implied_budget
+        implied = sizing.implied
         if implied is not None and tokens != implied:
             raise ValueError(
                 f"{name}: its knobs add up to a budget of {implied}, but @{self.budget} was asked "
                 "for"
             )
-        if tokens is not None and tokens < self.policy.least_budget:
+        if tokens is not None and tokens < sizing.least:
             raise ValueError(
-                f"{name}: a budget of {tokens} is below {self.policy.least_budget}, the least its "
+                f"{name}: a budget of {tokens} is below {sizing.least}, the least its "
                 "sinks, window and one more token need; raise the budget or lower those knobs"
             )
         if self.positions not in (None, "original", "cache"):
             raise ValueError(f"positions must be 'original' or 'cache', got {self.positions!r}")
         if self.slack is not None and self.slack < 0:
             raise ValueError(f"slack must be at least 0, got {self.slack}")
-        if self.slack and tokens is not None and self.slack > tokens - self.policy.least_budget:
+        if self.slack and tokens is not None and self.slack > tokens - sizing.least:
             raise ValueError(
                 f"slack {self.slack} leaves {name} fewer than its least of "
-                f"{self.policy.least_budget} "
+                f"{sizing.least} "
                 f"tokens at a budget of {tokens}"
             )
 
@@ -133,7 +134,7 @@ class Recipe:
     def __str__(self) -> str:
         shared = {k: getattr(self, k) for k in _SHARED_KNOBS if getattr(self, k) is not None}
         text = _print(self.policy, shared)
-        if self.budget is not None and self.policy.implied_budget is None:
+        if self.budget is not None and self.policy.sizing.implied is None:
             text += f"@{self.budget}"
         if self.allocation != Uniform():
             text += f"/{_print(self.allocation)}"

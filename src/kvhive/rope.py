@@ -2,14 +2,14 @@
 
 Attention with rotary embeddings depends on differences of positions only. So when positions are
 counted inside the cache, the query stays where it is and each kept key is turned by the distance
-that eviction took out from behind it. Keys are stored as first written and turned when read, in
-float32 from exact angles: nothing ever drifts, however long the stream.
+that eviction took out from behind it, in float32 from exact angles (`cache/positions.py` says
+when).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,16 +28,18 @@ class Rotation:
 
     frequencies: Tensor
     layout: Literal["halves", "pairs"] = "halves"
-    _fine: Tensor = field(init=False, repr=False)
-    _coarse: Tensor = field(init=False, repr=False)
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self.frequencies = self.frequencies.double().cpu()
-        self._fine = self._table(torch.arange(FINE))
-        self._coarse = self._table(torch.arange(16) * FINE)
 
     def __deepcopy__(self, memo: object) -> Rotation:
-        return self  # tables are shared: they only ever grow
+        return self  # tables are shared: they are only ever replaced by larger ones
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"frequencies": self.frequencies, "layout": self.layout, "_tables": {}}
 
     def rotate(self, keys: Tensor, shift: Tensor, most: int) -> Tensor:
         """Keys `[b, K, n, d]` turned by `shift` (int `[b, K, n]`, 0..most); same dtype."""
@@ -62,18 +64,14 @@ class Rotation:
 
     def cos_sin(self, shift: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 `[..., r / 2]`, of turns by `shift` (int `[...]`, 0..most)."""
-        if self._fine.device != shift.device:
-            self._fine, self._coarse = self._fine.to(shift.device), self._coarse.to(shift.device)
+        fine, coarse = self._tables_on(shift.device, most // FINE)
         flat, half = shift.reshape(-1), len(self.frequencies)
         near = flat if most < FINE else flat % FINE
-        cos, sin = self._fine.index_select(0, near).view(*shift.shape, -1).split(half, -1)
+        cos, sin = fine.index_select(0, near).view(*shift.shape, -1).split(half, -1)
         if most < FINE:
             return cos, sin
-        if most // FINE >= self._coarse.shape[0]:
-            rows = torch.arange(2 * (most // FINE)) * FINE
-            self._coarse = self._table(rows).to(shift.device)
         high = torch.div(flat, FINE, rounding_mode="floor")
-        far = self._coarse.index_select(0, high).view(*shift.shape, -1)
+        far = coarse.index_select(0, high).view(*shift.shape, -1)
         far_cos, far_sin = far.split(half, -1)
         return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
 
@@ -88,6 +86,18 @@ class Rotation:
         cos, sin = self.cos_sin(start, most)
         mean_cos, mean_sin = angle.cos().mean(0).to(cos), angle.sin().mean(0).to(sin)
         return cos * mean_cos - sin * mean_sin, sin * mean_cos + cos * mean_sin
+
+    def _tables_on(self, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
+        """Turns by 0..FINE - 1, and by 0, FINE, ..., at least `most` * FINE; each device's own.
+
+        A pair of tables is put in place whole, so that threads and devices do not meet.
+        """
+        held = self._tables.get(device)
+        if held is None or most >= held[1].shape[0]:
+            fine = self._table(torch.arange(FINE)) if held is None else held[0]
+            coarse = self._table(torch.arange(max(16, 2 * most)) * FINE)
+            held = self._tables[device] = fine.to(device), coarse.to(device)
+        return held
 
     def _table(self, positions: Tensor) -> Tensor:
         """float32 `[positions, r]`: cosines, then sines."""

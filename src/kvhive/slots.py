@@ -3,7 +3,10 @@
 A slot knows its token's position and whatever columns the policy declared; keys and values lie in
 the store, under the same index. Slots are ascending by position and right-aligned: heads and rows
 that hold fewer tokens than the fullest one begin with empty slots (position -1), as left padding
-does. New tokens are appended at the end, so the last slots are always the most recent tokens.
+does; padding that comes after tokens lies between them until the next prompt or eviction. New
+tokens are appended at the end, so the last slots are always the most recent tokens.
+
+Nothing here asks the device for a number but `recount` and `truncate` in a padded batch.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvhive.memory import zeros
+from kvhive.memory import take, widen
+from kvhive.plan import Plan
+from kvhive.step import Step
 
 EMPTY = -1
 SHORT_MAX = torch.iinfo(torch.int16).max
@@ -28,41 +33,15 @@ class Column:
     shape: tuple[int, ...] = ()
 
 
-def take(tensor: Tensor, index: Tensor, capacity: int) -> Tensor:
-    """Gather slots: `[b, K, n, *rest]` at index `[b, K, k]` -> `[b, K, capacity, *rest]`.
-
-    Slots k..capacity-1 are zeroed room to grow. Where there were as many slots before, they are
-    written in place: fresh pages would cost more than all the copying. Whole rows are copied
-    (`index_select` on the flattened tensor), several times faster on CPU than an element-wise
-    `gather`.
-    """
-    batch, heads, n, *rest = tensor.shape
-    kept = index.shape[-1]
-    base = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * n
-    rows = tensor.reshape(batch * heads * n, *rest).index_select(0, (index + base).flatten())
-    rows = rows.view(batch, heads, kept, *rest)
-    if n != capacity:
-        return widen(rows, kept, capacity)
-    tensor[:, :, :kept] = rows
-    tensor[:, :, kept:] = 0
-    return tensor
-
-
-def widen(tensor: Tensor, used: int, capacity: int) -> Tensor:
-    """A copy of the first `used` slots of `[b, K, n, *rest]` with room for `capacity`."""
-    batch, heads, _, *rest = tensor.shape
-    wide = zeros((batch, heads, capacity, *rest), tensor.dtype, tensor.device)
-    wide[:, :, :used] = tensor[:, :, :used]
-    return wide
-
-
 class Slots:
     """Positions, and a policy's columns and counters, of `[batch, kv_heads, length]` slots.
 
-    columns: per-slot tensors `[b, K, n, *shape]`; counters: one number per head, `[b, K]`; state:
-    what a policy knows of a row as a whole, tensors `[b, ...]` that it puts there itself.
+    columns: per-slot tensors `[b, K, n, *shape]`, zero when a slot is new; counters: one number per
+    head, `[b, K]`; state: what a policy knows of a row as a whole, tensors `[b, ...]` that it puts
+    there itself; notes: numbers of its that are the same for all rows, known to the CPU.
     Positions count the real tokens of a row, padding excluded, from 0; they are held in 2 bytes
-    until a row has seen 32,767 tokens, then in 4.
+    until a row has seen 32,767 tokens, then in 4. Where all rows agree, those of tokens decoded
+    since the last look are consecutive and not written down before somebody asks.
     """
 
     def __init__(
@@ -75,9 +54,11 @@ class Slots:
     ) -> None:
         self.heads = heads
         self.length = 0
-        self.capacity = 0
         self.holes = False  # whether any of the slots in use may be empty
+        self.gaps = False  # whether empty slots may lie behind tokens, instead of in front
         self.last: int | None = None  # position of the last token seen, where all rows agree
+        self._room = 0  # slots to make room for
+        self._written = 0  # leading slots whose position is written down
         self._position = torch.empty(batch, heads, 0, dtype=torch.int16, device=device)
         self._columns = {
             name: torch.empty(batch, heads, 0, *column.shape, dtype=column.dtype, device=device)
@@ -88,6 +69,9 @@ class Slots:
             for name, dtype in counters.items()
         }
         self.state: dict[str, Tensor] = {}
+        self.notes: dict[str, int] = {}
+        self._tally = torch.zeros(batch, heads, dtype=torch.int64)
+        self._grown = 0  # tokens of every head that `_tally` does not count yet
 
     @property
     def batch(self) -> int:
@@ -102,17 +86,23 @@ class Slots:
     @property
     def position(self) -> Tensor:
         """int32 `[b, K, n]`: each slot's position in its row, -1 for an empty slot."""
+        self._write_positions()
         return self._position[:, :, : self.length].to(torch.int32)
 
     def newest(self, number: int) -> Tensor:
         """int64 `[b, number]`: positions of the last slots, which a step brought last and which
         are the same in all heads; -1 for padding.
         """
+        self._write_positions()
         return self._position[:, 0, self.length - number : self.length].long()
 
     @property
     def valid(self) -> Tensor:
         """bool `[b, K, n]`: whether the slot holds a token."""
+        if not self.holes:
+            shape = (*self._position.shape[:2], self.length)
+            return torch.ones(shape, dtype=torch.bool, device=self.device)
+        self._write_positions()
         return self._position[:, :, : self.length] >= 0
 
     @property
@@ -120,8 +110,8 @@ class Slots:
         """int64 `[b, K]`: tokens held."""
         if self.holes:
             return self.valid.sum(-1)
-        size, device = self._position.shape[:2], self._position.device
-        return torch.full(size, self.length, dtype=torch.int64, device=device)
+        size = self._position.shape[:2]
+        return torch.full(size, self.length, dtype=torch.int64, device=self.device)
 
     @property
     def rank(self) -> Tensor:
@@ -129,9 +119,22 @@ class Slots:
         < 0.
         """
         if self.holes:
-            return self.valid.cumsum(-1).masked_fill(~self.valid, 0) - 1
-        place = torch.arange(self.length, device=self._position.device)
+            valid = self.valid
+            return valid.cumsum(-1).masked_fill(~valid, 0) - 1
+        place = torch.arange(self.length, device=self.device)
         return place.expand(*self._position.shape[:2], -1)
+
+    @property
+    def tally(self) -> Tensor:
+        """int64 `[b, K]` on the CPU: tokens held, or more where padding may have been decoded."""
+        if self._grown:
+            self._tally = self._tally + self._grown
+            self._grown = 0
+        return self._tally
+
+    def recount(self) -> None:
+        """Ask the device, so that `tally` is exact."""
+        self._tally, self._grown = self.count.cpu(), 0
 
     def __getitem__(self, column: str) -> Tensor:
         """The column's slots in use, a view `[b, K, n, *shape]` that may be written in place."""
@@ -143,47 +146,59 @@ class Slots:
         if held.shape[3:] != shape:
             self._columns[column] = held.new_zeros(*held.shape[:3], *shape)
 
-    def append(self, position: Tensor | int, fresh: int, capacity: int) -> None:
-        """Add `fresh` slots at the end; their columns start at zero.
-
-        position: int `[b, fresh]`, -1 for padding, or the first position as an int when no row is
-        padded. capacity: slots to make room for.
-        """
-        first, last = self.length, self.length + fresh
-        top = position + fresh - 1 if isinstance(position, int) else int(position.max())
-        if top > SHORT_MAX and self._position.dtype == torch.int16:
-            self._position = self._position.to(torch.int32)
-        if capacity != self.capacity:
-            self._resize(capacity)
-        if isinstance(position, int):
-            new = torch.arange(position, position + fresh, device=self._position.device)
-            self._position[:, :, first:last] = new
-            self.last = top
+    def append(self, step: Step, room: int) -> None:
+        """Add the step's slots at the end; their columns are zero. room: slots to make room for."""
+        first, plain = self.length, isinstance(step.position, int)
+        if not plain:
+            self._write_positions()
+        self.length = first + step.fresh
+        self._room = max(room, self.length)
+        self.last = step.last if plain else None
+        if not plain:
+            self._append_rows(step, first)
+        if isinstance(step.brings, int):
+            self._grown += step.brings
         else:
-            self.last = None
-            self._position[:, :, first:last] = position[:, None, :]
-            self.holes = self.holes or bool((position < 0).any())
-        for column in self._columns.values():
-            column[:, :, first:last] = 0
-        self.length = last
+            self._tally = self.tally + step.brings[:, None]
+        for name, column in self._columns.items():
+            if column.shape[2] < self.length:
+                self._columns[name] = widen(column, first, self._room)
 
-    def compact(self, index: Tensor, capacity: int, holes: bool) -> None:
-        """Keep the slots at `index` int64 `[b, K, k]` (-1: an empty slot), drop all others."""
-        source = index.clamp_min(0)
-        position = take(self._position, source, capacity)
-        if holes:
-            position[:, :, : index.shape[-1]].masked_fill_(index < 0, EMPTY)
+    def adopt(self, plan: Plan) -> None:
+        """Take over what an eviction changes of the policy's knowledge."""
+        for name, column in plan.columns.items():
+            self[name].copy_(column)
+        for name, counter in plan.counters.items():
+            self.counters[name].copy_(counter)
+
+    def compact(self, plan: Plan, room: int) -> None:
+        """Keep the slots that the plan names, drop all others."""
+        self._write_positions()
+        position = take(self._position, plan.index, room)
+        if (empty := plan.empty) is not None:
+            position[:, :, : plan.longest].masked_fill_(empty, EMPTY)
         self._position = position
         self._columns = {
-            name: take(column, source, capacity) for name, column in self._columns.items()
+            name: take(column, plan.index, room) for name, column in self._columns.items()
         }
-        self.length, self.capacity, self.holes = index.shape[-1], capacity, holes
+        self.length = self._written = plan.longest
+        self._room, self.holes, self.gaps = room, plan.holes, False
+        self._tally, self._grown = plan.tally, 0
 
     def truncate(self, length: int) -> None:
-        """Forget the newest slots beyond `length`."""
+        """Forget the newest slots beyond `length`, which leave no trace."""
+        dropped = self.length - length
+        if self.holes and dropped:
+            newest = self._position[:, :, length : self.length] >= 0
+            self._tally = self.tally - newest.sum(-1).cpu()
+        else:
+            self._grown -= dropped
         if self.last is not None:
-            self.last -= self.length - length
+            self.last -= dropped
+        for column in self._columns.values():
+            column[:, :, length : self.length] = 0
         self.length = length
+        self._written = min(self._written, length)
 
     def select_rows(self, rows: Tensor) -> None:
         """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
@@ -191,33 +206,38 @@ class Slots:
         self._columns = {k: v.index_select(0, rows) for k, v in self._columns.items()}
         self.counters = {k: v.index_select(0, rows) for k, v in self.counters.items()}
         self.state = {k: v.index_select(0, rows) for k, v in self.state.items()}
+        self._tally = self._tally.index_select(0, rows.cpu())
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, spare room included."""
         held = [self._position, *self._columns.values(), *self.counters.values()]
-        held += self.state.values()
+        held += [*self.state.values(), self._tally]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
-    def _resize(self, capacity: int) -> None:
-        self._position = widen(self._position, self.length, capacity)
-        self._columns = {
-            name: widen(column, self.length, capacity) for name, column in self._columns.items()
-        }
-        self.capacity = capacity
+    def _append_rows(self, step: Step, first: int) -> None:
+        """Write down the positions of a step in which rows differ."""
+        assert isinstance(step.position, Tensor)
+        self._make_room(first, step.last)
+        self._position[:, :, first : self.length] = step.position[:, None, :]
+        self._written = self.length
+        if step.real is not None:
+            self.holes, self.gaps = True, self.gaps or first > 0
 
+    def _write_positions(self) -> None:
+        """Write down the positions of tokens that came one after another, alike in all rows."""
+        first = self._written
+        if first == self.length or self.last is None:
+            return
+        self._make_room(first, self.last)
+        stop = self.last + 1
+        new = torch.arange(stop - (self.length - first), stop, device=self.device)
+        self._position[:, :, first : self.length] = new
+        self._written = self.length
 
-def packed_index(keep: Tensor) -> tuple[Tensor, bool]:
-    """Turn a keep mask bool `[b, K, n]` into slot indices int64 `[b, K, k]`, ascending,
-    right-aligned.
-
-    k is the largest number kept by any head; heads that keep fewer begin with -1. The second value
-    says whether there are any such gaps.
-    """
-    count = keep.sum(-1)
-    width = int(count.max())
-    order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices[..., keep.shape[-1] - width :]
-    if int(count.min()) == width:
-        return order, False
-    column = torch.arange(width, device=keep.device)
-    return order.masked_fill(column < (width - count)[..., None], -1), True
+    def _make_room(self, used: int, highest: int) -> None:
+        """Room for all slots beside the `used` ones, and for positions up to `highest`."""
+        if highest > SHORT_MAX and self._position.dtype == torch.int16:
+            self._position = self._position.to(torch.int32)
+        if self._position.shape[2] < self.length:
+            self._position = widen(self._position, used, self._room)

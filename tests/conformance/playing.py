@@ -7,9 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvhive.allocations.uniform import Uniform
 from kvhive.budget import Budget
 from kvhive.cache.layer import HiveLayer
+from kvhive.cache.limits import Limits
+from kvhive.cache.progress import Progress
 from kvhive.policies import Policy
+from kvhive.rope import Rotation
 from kvhive.stores.dense import Dense
 
 from .cases import Case
@@ -17,15 +21,32 @@ from .cases import Case
 TOLERANCE = 1e-4
 
 
-def make_layer(policy: Policy, budget: int) -> HiveLayer:
-    """A layer that holds every head to `budget` tokens and frees no more than it must."""
-    return HiveLayer(
-        policy=policy,
-        budget=Budget(tokens=budget),
-        store=Dense(),
-        spread=lambda tokens, heads: torch.full((heads,), tokens),
-        slack=0,
-    )
+def make_layer(
+    policy: Policy, budget: int | None, rotation: Rotation | None = None, slack: int | None = 0
+) -> HiveLayer:
+    """A layer that holds every head to `budget` tokens and frees no more than it must.
+
+    None: the policy sizes itself. Budgets that a recipe would refuse are allowed. rotation: how
+    keys are turned whose positions are counted in the cache.
+    """
+    return make_layers(policy, budget, 1, rotation, slack)[0]
+
+
+def make_layers(
+    policy: Policy,
+    budget: int | None,
+    count: int,
+    rotation: Rotation | None = None,
+    slack: int | None = 0,
+) -> list[HiveLayer]:
+    """The layers of a model, as in a cache."""
+    policies = [policy.for_layer(place, count, budget) for place in range(count)]
+    limits = Limits(policies, None if budget is None else Budget(tokens=budget), Uniform(), slack)
+    progress = Progress(count, limits)
+    layers: list[HiveLayer] = []
+    for place, own in enumerate(policies):
+        layers.append(HiveLayer(own, Dense(), progress, place, layers, rotation))
+    return layers
 
 
 class Player:
@@ -57,7 +78,8 @@ class Player:
 
     def advance(self, fresh: int) -> Tensor:
         """Bring the next `fresh` tokens; returns their attention `[heads, fresh, tokens]`."""
-        start, stop = self.layer.seen, self.layer.seen + fresh
+        start = self.layer.get_seq_length()
+        stop = start + fresh
         keys = self.units[start:stop].expand(1, self.kv_heads, fresh, -1)
         self.layer.update(keys, keys)
         return self.layer.attend(self.logits[None, :, start:stop], 1.0)[0]
@@ -78,7 +100,7 @@ class Player:
 def play(case: Case, player: Player) -> Iterator[int]:
     """Play all steps; each is handed back by its number once attention and sizes are checked."""
     for step, fresh in enumerate(case.lengths):
-        start, held = player.layer.seen, player.kept.clone()
+        start, held = player.layer.get_seq_length(), player.kept.clone()
         attention = player.advance(fresh)
         require(
             torch.allclose(

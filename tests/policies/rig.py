@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Observed
+from kvhive.cache.eviction import cut
+from kvhive.kernels import Held, Observed
 from kvhive.policies import Policy
-from kvhive.slots import Slots, packed_index
+from kvhive.slots import Slots
+from kvhive.step import Step
+
+NOTHING_TO_SCORE = Held(lambda: (torch.empty(0), torch.empty(0)))
 
 
 def small_numbers(seed: int, *shape: int) -> Tensor:
@@ -33,9 +37,11 @@ class Rig:
     @property
     def limit(self) -> int:
         """Tokens a head may hold now."""
-        limit = self.policy.own_limit(self.seen) if self.budget is None else self.budget
-        assert limit is not None
-        return limit
+        if self.budget is not None:
+            return self.budget
+        alone = self.policy.sizing.alone
+        assert alone is not None
+        return alone(self.seen)
 
     @property
     def positions(self) -> list[list[int]]:
@@ -45,7 +51,7 @@ class Rig:
     def step(self, fresh: int) -> None:
         """Append, observe, evict."""
         slots = self.slots
-        slots.append(self.seen, fresh, slots.length + fresh)
+        slots.append(Step.plain(self.seen, fresh), slots.length + fresh)
         self.seen += fresh
         columns = None
         if self.received is not None and self.policy.needs.columns is not None:
@@ -57,14 +63,10 @@ class Rig:
     def evict(self, limit: int) -> None:
         """Cut heads above `limit` down to it."""
         limits = torch.full((1, self.heads), limit)
-        over = self.slots.count > limits
-        if not bool(over.any()):
-            return
-        keep = torch.where(
-            over[..., None], self.policy.select(self.slots, limits), self.slots.valid
-        )
-        index, holes = packed_index(keep)
-        self.slots.compact(index, index.shape[-1], holes)
+        plan = cut(self.policy, self.slots, NOTHING_TO_SCORE, limits, limits)
+        if plan is not None:
+            self.slots.adopt(plan)
+            self.slots.compact(plan, plan.longest)
 
     def given(self, step: int, head: int) -> list[float]:
         """What a step gave each position in one head, for an oracle."""

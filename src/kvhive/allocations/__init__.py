@@ -1,7 +1,7 @@
 """The allocations, by name."""
 
 from kvhive.allocations import uniform
-from kvhive.allocations.base import ALLOCATIONS, Allocation
+from kvhive.allocations.base import ALLOCATIONS, Allocation, Shape
 
-__all__ = ["ALLOCATIONS", "Allocation"]
+__all__ = ["ALLOCATIONS", "Allocation", "Shape"]
 _BUILT_IN = (uniform,)

@@ -1,1 +1,1 @@
-"""The cache: one step of one layer, and the face users see."""
+"""The cache: one step of one layer (`layer`, `eviction`), and the face users see (`hive_cache`)."""

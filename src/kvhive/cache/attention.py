@@ -1,4 +1,4 @@
-"""Everything that touches transformers: our attention and mask functions, and the facts of a model.
+"""transformers' attention and mask functions for kvhive, and switching a model over to them.
 
 Nothing of transformers is replaced: the two functions are added to its public registries under the
 name "kvhive", and a model is told to use that name.
@@ -6,29 +6,23 @@ name "kvhive", and a model is told to use that name.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvhive.cache.layer import HANDLE, WAITING, HiveLayer
-from kvhive.model.rotation_detection import find_rotations
-from kvhive.rope import Rotation
+from kvhive.cache.handoff import layer_of
+from kvhive.cache.modes import without_gradient
+from kvhive.model.facts import ModelFacts, facts_for, refuse_family
 
 NAME = "kvhive"
-_LATENT = ("kv_lora_rank", "kv_lora_dim")
 
 
 # ---- attention and masks ------------------------------------------------------------------------
@@ -49,26 +43,19 @@ def attention_forward(
 
     Keys that come from a HiveCache are attended in its layer, which evicts afterwards; all others
     go to transformers' own sdpa. Raises `ValueError` for attention features that are not
-    implemented.
+    implemented, and for a cache of another model.
     """
-    layer: HiveLayer | None = getattr(key, HANDLE, None)
-    expected = WAITING.pop()
+    layer = layer_of(key)
     if layer is None:
-        if expected:
-            raise ValueError(
-                f"{type(module).__name__} changes the keys between cache and attention, so kvhive "
-                "cannot compress them; use the stock cache with this model"
-            )
         return _stock_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     _refuse_unsupported(module, attention_mask, dropout, kwargs)
-    real = None
-    if attention_mask is not None:
-        real = attention_mask[:, -query.shape[2] :]
-        real = None if bool(real.all()) else real
+    layer.check_model(getattr(module, "config", None))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(query, scale, real).transpose(1, 2).contiguous(), None
+    out = layer.attend(query, scale, attention_mask)
+    out = without_gradient(out, query, key, value)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def mask_forward(
@@ -81,19 +68,17 @@ def mask_forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask contract. Plain causal attention: the 2-D padding mask, or None,
-    untouched.
+    """transformers' mask contract. Plain causal attention: the 2-D padding mask, or None, cut to
+    the tokens seen.
 
     Causality and eviction are decided where the slots are, so no `[b, 1, q, n]` mask is built;
     other kinds of mask (sliding or chunked layers, which stay stock, and static caches, which hold
-    room for tokens to come) are built as for sdpa.
+    room for tokens to come) are built as for sdpa. Raises `ValueError` for a padding mask that does
+    not cover all tokens.
     """
-    WAITING.pop()  # a forward begins: what one that failed left behind does not count
     no_spare_room = kv_offset == 0 and kv_length == int(q_offset) + q_length
     if mask_function is causal_mask_function and no_spare_room:
-        if attention_mask is not None and bool(attention_mask.all()):
-            return None
-        return attention_mask
+        return _padding_mask(attention_mask, kv_length)
     mask: Tensor | None = sdpa_mask(
         mask_function=mask_function,
         q_length=q_length,
@@ -104,6 +89,17 @@ def mask_forward(
         **kwargs,
     )
     return mask
+
+
+def _padding_mask(mask: Tensor | None, seen: int) -> Tensor | None:
+    if mask is None or mask.dim() != 2:
+        return mask
+    if mask.shape[1] < seen:
+        raise ValueError(
+            f"the attention mask has {mask.shape[1]} columns, but {seen} tokens have been fed with "
+            "these: give a mask of all of them, those in the cache included"
+        )
+    return mask[:, :seen]
 
 
 def _stock_attention(
@@ -159,110 +155,35 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, mask_forward)
 
 
-_FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
-
-
-# ---- facts of a model ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class ModelFacts:
-    """What the cache must know of a model: its layers and their rotary embeddings.
-
-    layers: number of layers. full_layers: indices of the full-attention layers, which are
-    compressed; all others stay stock. rotations: how each of those layers turns its keys; a layer
-    without rotary positions is not in it. None when the model has none at all that we can turn, and
-    then `no_rotation` says why.
-    """
-
-    family: str
-    config: PretrainedConfig
-    full_layers: tuple[int, ...]
-    trained_length: int | None
-    rotations: Mapping[int, Rotation] | None
-    no_rotation: str
-
-    def __deepcopy__(self, memo: object) -> ModelFacts:
-        return self
-
-    def stock_layers(self) -> list[Any]:
-        """The layers transformers would use for this model, one for each."""
-        return list(DynamicCache(config=self.config).layers)
-
-    def positions_for(
-        self, rule: Literal["original", "cache"], asked: Literal["original", "cache"] | None
-    ) -> Literal["original", "cache"]:
-        """The position rule to use: what was asked for, else the policy's where the model allows
-        it.
-
-        Raises `ValueError` when "cache" was asked for and the model cannot do it.
-        """
-        if asked == "cache" and self.rotations is None:
-            raise ValueError(
-                f"positions='cache' cannot be used with {self.family}: {self.no_rotation}; use "
-                "positions='original'"
-            )
-        return asked or (rule if self.rotations is not None else "original")
+# ---- models -------------------------------------------------------------------------------------
 
 
 def attach(model: PreTrainedModel) -> ModelFacts:
     """Switch the model's attention to kvhive and collect its facts.
 
     Raises `TypeError` for anything but a transformers model, `ValueError` for a model whose
-    attention kvhive cannot serve, naming the reason; such a model is left as it was.
+    attention kvhive cannot serve, naming the reason; such a model is left as it was, whatever goes
+    wrong.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"expected a transformers model, got {type(model).__name__}; load one with "
             "AutoModelForCausalLM.from_pretrained or kvhive.load"
         )
+    refuse_family(model)
     config = model.config.get_text_config(decoder=True)
-    family = type(model).__name__
-    _refuse_family(model.config, config, family)
     before = config._attn_implementation
-    if before != NAME:
-        model.set_attn_implementation(NAME)
-    if config._attn_implementation != NAME:
-        raise ValueError(
-            f"{family} does not use transformers' attention interface, so its cache cannot be "
-            "compressed"
-        )
-    facts = _FACTS.get(model)
-    if facts is None:
-        try:
-            facts = _FACTS[model] = _collect(model, config, family)
-        except ValueError:
+    try:
+        if before != NAME:
+            model.set_attn_implementation(NAME)
+        if config._attn_implementation != NAME:
+            raise ValueError(
+                f"{type(model).__name__} does not use transformers' attention interface, so its "
+                "cache cannot be compressed"
+            )
+        facts = facts_for(model)
+    except BaseException:
+        if config._attn_implementation == NAME != before:
             model.set_attn_implementation(before)
-            raise
+        raise
     return facts
-
-
-def _refuse_family(whole: PretrainedConfig, config: PretrainedConfig, family: str) -> None:
-    if any(getattr(config, name, None) for name in _LATENT):
-        raise ValueError(
-            f"{family} uses latent attention (its cache holds a compressed latent, not keys and "
-            "values), which kvhive does not support yet"
-        )
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ValueError(
-            f"{family} caps its attention logits (softcap), which kvhive does not implement"
-        )
-    if getattr(config, "num_kv_shared_layers", None):
-        raise ValueError(
-            f"{family} lets several layers share one cache, which kvhive does not support yet"
-        )
-    if getattr(whole, "is_encoder_decoder", False):
-        raise ValueError(f"{family} is an encoder-decoder; kvhive compresses decoder-only models")
-
-
-def _collect(model: PreTrainedModel, config: PretrainedConfig, family: str) -> ModelFacts:
-    stock = DynamicCache(config=config).layers
-    full = tuple(i for i, layer in enumerate(stock) if type(layer) is DynamicLayer)
-    if not full:
-        raise ValueError(
-            f"{family} has no full-attention layer: all are sliding, linear or shared, and stay "
-            "small by themselves; there is nothing to compress"
-        )
-    rotations, reason = find_rotations(model, config, full)
-    length = getattr(config, "max_position_embeddings", None)
-    return ModelFacts(family, config, full, length, rotations, reason)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
-from kvhive.cache.attention import ModelFacts, attach
+from kvhive.cache import speculation
+from kvhive.cache.attention import attach
 from kvhive.cache.layer import HiveLayer
-from kvhive.cache.limits import Spread
+from kvhive.cache.limits import Limits
+from kvhive.cache.progress import Progress
 from kvhive.cache.report import Report
+from kvhive.model.facts import ModelFacts
 from kvhive.recipe import Recipe
+from kvhive.rope import Rotation
 
 
 class HiveCache(Cache):
@@ -32,26 +37,17 @@ class HiveCache(Cache):
         self.recipe = recipe
         self.facts = facts
         self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
-        rotations = facts.rotations if self.positions == "cache" else None
-        layers = facts.stock_layers()
         self.compressed = facts.full_layers
-        for place, index in enumerate(self.compressed):
-            policy = recipe.policy.for_layer(place, len(self.compressed))
-            layers[index] = HiveLayer(
-                policy=policy,
-                budget=recipe.budget if policy.takes_budget else None,
-                store=recipe.store,
-                spread=self._spread(place),
-                rotation=rotations.get(index) if rotations else None,
-                slack=recipe.slack,
-                written=facts.rotations.get(index) if facts.rotations else None,
-            )
+        written = [(facts.rotations or {}).get(index) for index in self.compressed]
+        in_cache = self.positions == "cache"
+        turns = [rotation if in_cache else None for rotation in written]
+        ours = make_layers(recipe, turns, written)
+        self.progress = ours[0].progress
+        layers = facts.stock_layers()
+        for index, layer in zip(self.compressed, ours, strict=True):
+            layer.facts = facts
+            layers[index] = layer
         super().__init__(layers=layers)
-        if recipe.policy.scope == "model":
-            *earlier, last = self.hive_layers()
-            last.earlier = earlier
-            for layer in earlier:
-                layer.waits = True
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, recipe: Recipe | str) -> HiveCache:
@@ -63,22 +59,61 @@ class HiveCache(Cache):
         """
         return cls(Recipe.parse(recipe), attach(model))
 
+    # ---- what transformers asks of a cache ------------------------------------------------------
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append one layer's new keys and values, `[b, K, q, d]`; return all that the layer holds.
+        """Hand one layer's new keys and values in, `[b, K, q, d]`; see `HiveLayer.update`.
 
-        Raises `ValueError` when the cache was made for another model or batch.
+        Raises `ValueError` when the cache was made for another model or batch, and when its last
+        step failed halfway.
         """
         if layer_idx >= len(self.layers):
             raise ValueError(
                 f"this cache has {len(self.layers)} layers but was given layer {layer_idx}; a "
                 "cache belongs to one model: make a new one"
             )
-        held: tuple[Tensor, Tensor] = super().update(
+        if layer_idx == self.compressed[0]:
+            self._check_stock_layers(key_states.shape[2])
+        handed: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
-        return held
+        return handed
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Take back the newest `-tokens_to_remove` tokens; then count votes and evict as postponed.
+
+        Older releases of transformers pass a tensor. Raises `ValueError` for a positive argument
+        and for a crop behind an eviction.
+        """
+        remove = -int(tokens_to_remove)
+        speculation.crop(self.hive_layers(), remove)
+        for layer in self._stock_layers():
+            layer.crop(-remove)
+
+    def end_recording(self) -> None:
+        """After speculative decoding: evict what was postponed and return to ordinary steps."""
+        speculation.crop(self.hive_layers(), 0)
+        self.progress.recording = False
+        for layer in self._stock_layers():
+            if getattr(layer, "record_past", False):
+                layer.crop(0)
+                layer.record_past = False
+
+    def _check_stock_layers(self, fresh: int) -> None:
+        """Raises `ValueError` when a step failed among layers that are not ours."""
+        for index, layer in enumerate(self.layers):
+            if index in self.compressed or not isinstance(layer, DynamicLayer):
+                continue
+            expected = self.progress.seen + (fresh if index < self.compressed[0] else 0)
+            if layer.get_seq_length() != expected:
+                raise ValueError(
+                    f"layer {index} of this cache has seen {layer.get_seq_length()} tokens, not "
+                    f"{expected}: the last step failed halfway; make a new cache, or call reset()"
+                )
+
+    # ---- what is held ---------------------------------------------------------------------------
 
     def hive_layers(self) -> list[HiveLayer]:
         """The compressed layers, in order."""
@@ -87,17 +122,17 @@ class HiveCache(Cache):
 
     def report(self) -> Report:
         """Tokens seen and kept, bytes held and what the full cache would hold."""
-        used = [layer for layer in self.hive_layers() if layer.seen]
+        used = [layer for layer in self.hive_layers() if layer.slots.length]
         full = self._stock_bytes()
         for layer in used:
-            keys, values = layer.store.keys, layer.store.values
-            width = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
-            full += keys.shape[0] * keys.shape[1] * layer.seen * width
+            full += layer.full_nbytes
         return Report(
             recipe=str(self.recipe),
             positions=self.positions,
             layers=tuple(self.compressed),
-            seen=used[0].row_seen() if used else torch.zeros(0, dtype=torch.int64),
+            seen=self.progress.row_seen(used[0].slots.batch)
+            if used
+            else torch.zeros(0, dtype=torch.int64),
             kept=torch.stack([layer.slots.count.cpu() for layer in used])
             if used
             else torch.zeros(0, 0, 0, dtype=torch.int64),
@@ -108,12 +143,8 @@ class HiveCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, metadata and spare room included."""
-        return self._stock_bytes() + sum(layer.nbytes for layer in self.hive_layers())
-
-    def _stock_bytes(self) -> int:
-        stock = [layer for i, layer in enumerate(self.layers) if i not in self.compressed]
-        held = [getattr(layer, name, None) for layer in stock for name in ("keys", "values")]
-        return sum(t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor))
+        ours = sum(layer.nbytes for layer in self.hive_layers() if layer.slots.length)
+        return self._stock_bytes() + ours + (self.progress.nbytes if ours else 0)
 
     def positions_kept(self) -> list[Tensor]:
         """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, -1 for empty
@@ -121,20 +152,31 @@ class HiveCache(Cache):
         """
         return [layer.slots.position.cpu() for layer in self.hive_layers()]
 
+    def _stock_layers(self) -> list[Any]:
+        return [layer for i, layer in enumerate(self.layers) if i not in self.compressed]
+
+    def _stock_bytes(self) -> int:
+        held = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for layer in self._stock_layers()
+            for tensor in _tensors(vars(layer).values())
+        }
+        return sum(held.values())
+
+    # ---- turns ----------------------------------------------------------------------------------
+
     def freeze(self) -> Frozen:
         """Stop evicting, so that a question can be asked without losing any of the document.
 
-        Lasts until `thaw()`; as `with cache.freeze(): ...` until the block ends. What was added
-        meanwhile counts towards the budget at the first step after it.
+        Lasts until `thaw()`, or as `with cache.freeze(): ...` until the block ends; blocks may lie
+        in one another. What was added meanwhile counts towards the budget at the first step after.
         """
-        for layer in self.hive_layers():
-            layer.frozen = True
+        self.progress.frozen += 1
         return Frozen(self)
 
     def thaw(self) -> None:
-        """Evict again from the next step on."""
-        for layer in self.hive_layers():
-            layer.frozen = False
+        """Evict again from the next step on, however often the cache was frozen."""
+        self.progress.frozen = 0
 
     def fork(self) -> HiveCache:
         """An independent copy: answer several questions on one document, each from its own copy."""
@@ -142,36 +184,18 @@ class HiveCache(Cache):
 
     def make_room(self, tokens: int) -> None:
         """Evict now, so that a turn of `tokens` tokens fits the budget without evicting inside the
-        turn.
+        turn. Raises `ValueError` for less than none, and while drafts wait for `crop`.
         """
         if tokens < 0:
             raise ValueError(f"make_room: tokens must be at least 0, got {tokens}")
+        if self.progress.recording:
+            raise ValueError("make_room: drafts wait for crop(); call end_recording() first")
         for layer in self.hive_layers():
             layer.make_room(tokens)
 
-    def end_recording(self) -> None:
-        """After speculative decoding: evict what was postponed and return to ordinary steps."""
-        layers: list[Any] = self.layers
-        for layer in layers:
-            if isinstance(layer, HiveLayer):
-                layer.end_recording()
-            elif getattr(layer, "record_past", False):
-                layer.crop(0)
-                layer.record_past = False
-
-    def _spread(self, place: int) -> Spread:
-        recipe, layers = self.recipe, len(self.compressed)
-        tokens = None if recipe.budget is None else recipe.budget.tokens
-        least = recipe.policy.for_budget(tokens).least_budget
-
-        def spread(budget: int, kv_heads: int) -> Tensor:
-            return recipe.allocation.spread(budget, layers, kv_heads, least)[place]
-
-        return spread
-
 
 class Frozen:
-    """Handle of `HiveCache.freeze`: thaws the cache at the end of a `with` block."""
+    """Handle of `HiveCache.freeze`: ends it at the end of a `with` block."""
 
     def __init__(self, cache: HiveCache) -> None:
         self._cache = cache
@@ -185,4 +209,36 @@ class Frozen:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._cache.thaw()
+        progress = self._cache.progress
+        progress.frozen = max(0, progress.frozen - 1)
+
+
+def make_layers(
+    recipe: Recipe,
+    turns: list[Rotation | None],
+    written: list[Rotation | None] | None = None,
+) -> list[HiveLayer]:
+    """The layers that carry a recipe out, one for each of `turns`: how to turn its keys, None where
+    positions are not counted in the cache. written: how the model turned the keys it wrote.
+    """
+    count, policy = len(turns), recipe.policy
+    tokens = None if recipe.budget is None else recipe.budget.tokens
+    policies = [policy.for_layer(place, count, tokens) for place in range(count)]
+    limits = Limits(policies, recipe.budget, recipe.allocation, recipe.slack)
+    progress = Progress(count, limits)
+    layers: list[HiveLayer] = []
+    for place, own in enumerate(policies):
+        made = written[place] if written else None
+        layers.append(HiveLayer(own, recipe.store, progress, place, layers, turns[place], made))
+    return layers
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    """All tensors among values, in lists and dictionaries too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)

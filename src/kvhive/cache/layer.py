@@ -2,244 +2,406 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
-from kvhive.cache.budgeted import BudgetedLayer
-from kvhive.cache.positions import by_row, gaps_closed
-from kvhive.cache.speculation import Recording
-from kvhive.kernels import NOTHING, Needs, Observed, attend, span
+from kvhive.cache.eviction import Eviction, plan_together
+from kvhive.cache.handoff import offer
+from kvhive.cache.modes import plain
+from kvhive.cache.positions import Turning
+from kvhive.cache.progress import Progress
+from kvhive.cache.speculation import Pending
+from kvhive.kernels import NOTHING, Ask, Held, Needs, Observed
+from kvhive.model.facts import ModelFacts, facts_of
+from kvhive.plan import Plan
+from kvhive.policies import Policy
+from kvhive.rope import Rotation
+from kvhive.slots import Slots
+from kvhive.step import Phase, Step, taken_in_order
+from kvhive.stores import LayerFacts, Store, StoreKind
 
-HANDLE = "_kvhive_layer"  # attribute of the returned key tensor by which attention finds its layer
-
-
-class _Waiting(threading.local):
-    """Whether this thread's last update still waits for its attention call."""
-
-    def __init__(self) -> None:
-        self.flag = False
-
-    def pop(self) -> bool:
-        """The flag; lowers it."""
-        flag, self.flag = self.flag, False
-        return flag
-
-
-WAITING = _Waiting()
+HEADROOM = 128  # slots allocated ahead while decoding: one copy of the cache per so many tokens
+UNEVEN_HEADROOM = 32  # the same where the longest head has no bound of its own
 
 
-class HiveLayer(BudgetedLayer):
-    """One attention layer's cache, step by step; what it is made of is in `BudgetedLayer`.
+class HiveLayer(CacheLayerMixin):
+    """Keys, values and slots of one attention layer, kept within the policy's limits.
 
-    record_past: whether votes and evictions wait for `crop`, as speculative decoding needs it.
+    policy: who decides. kind: the form of storage. progress: what all layers of the cache share,
+    `place` being this one's among them; layers: all of them, once they are made (those before this
+    one are). rotation: given when positions are counted inside the cache. written: how the model
+    turned the keys it wrote, where that is known.
     """
 
-    record_past: bool = False
-    _recorded: Recording
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        kind: StoreKind,
+        progress: Progress,
+        place: int,
+        layers: Sequence[HiveLayer],
+        rotation: Rotation | None = None,
+        written: Rotation | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.policy, self.progress, self.place = policy, progress, place
+        self.eviction = Eviction(policy, progress.limits, place)
+        self.turning = Turning(rotation)
+        self.written = written
+        self.layers = layers
+        self.facts: ModelFacts | None = None  # of the model whose tokens these are
+        self._kind = kind
+        self.reset()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take batch, heads, dtype and device from the first tensors, never from a config."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads = key_states.shape[:2]
+        self._held_shape = self._shape(key_states)
+        width = key_states.shape[-1] + value_states.shape[-1]
+        self._token_bytes = width * key_states.element_size()
+        columns = {**self.policy.columns, **self.turning.columns}
+        self.slots = Slots(batch, heads, columns, self.policy.counters, self.device)
+        self.is_initialized = True
+
+    def reset(self) -> None:
+        """Back to empty; settings stay."""
+        self.is_initialized = False
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        earlier = [layer.store for layer in self.layers[: self.place]]
+        facts = LayerFacts(self.place, self.progress.layers)
+        self.store: Store = self._kind.new(facts, earlier)
+        self.slots = Slots(0, 0, {}, {}, self.device)
+        self.evicted = False
+        self.appended = 0  # tokens added since the last eviction: what `crop` can take back
+        self.pending: list[Pending] = []  # steps that `crop` may still take back
+        self._waiting: tuple[Tensor, Tensor] | None = None  # handed in, not attended yet
+        self._scale = 1.0
+        self.turning.reset()
+        self.eviction.forget()
+        if self.place == 0:
+            self.progress.reset()
 
     # ---- the step -------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys `[b, K, q, d]` and values `[b, K, q, e]`; return all that is held.
+        """Take new keys `[b, K, q, d]` and values `[b, K, q, e]`, to be attended to next.
 
-        The key tensor returned is a fresh view that carries this layer, so that the attention
-        function finds it. Raises `ValueError` if the cache was made for another model or batch, or
-        if the last tokens appended were never attended.
+        They are returned as they are, the keys carrying this layer, so that the attention function
+        finds it; what is held stays in the store. Raises `ValueError` if the cache was made for
+        another model or batch, or if the last tokens handed in were never attended to.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.seen:
-            self._check_same_shape(key_states)
-        if self.store.length != self.slots.length:
+        if self._waiting is not None:
             raise ValueError(
-                "attention did not read the last tokens of this cache: either its model uses "
-                "another attention than 'kvhive' (HiveCache.for_model sets it) or the last step "
-                "failed halfway (make a new cache, or call reset())"
+                "attention did not read the last tokens of this cache: either its model changes "
+                "the keys between cache and attention or uses another attention than 'kvhive' "
+                "(HiveCache.for_model sets it), or the last step failed halfway; make a new cache, "
+                "or call reset()"
             )
-        fresh = key_states.shape[2]
-        self.store.append(key_states.detach(), value_states.detach(), self._room(fresh))
-        self.seen += fresh
-        keys = self.store.keys
-        keys = keys.view(keys.shape)
-        setattr(keys, HANDLE, self)
-        WAITING.flag = True
-        return keys, self.store.values
+        if not self.slots.length:
+            self.lazy_initialization(key_states, value_states)
+        elif self._shape(key_states) != self._held_shape:
+            self._refuse_shape(key_states)
+        self._waiting = key_states.detach(), value_states.detach()
+        return offer(key_states, self), value_states
 
-    @torch.no_grad()
-    def attend(self, query: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
-        """Attention of the tokens just appended, `[b, H, q, d]` -> `[b, H, q, e]`, and then the
+    def check_model(self, config: object) -> None:
+        """Raises `ValueError` unless this is the config of the model that the cache was made for.
+
+        A cache that was pickled knows its model by the fingerprint of the weights.
+        """
+        facts = self.facts
+        if facts is None or config is None or config is facts.config:
+            return
+        theirs = facts_of(config)
+        if theirs is None or theirs.fingerprint != facts.fingerprint:
+            raise ValueError(
+                f"this cache was made for another {facts.family} than the model that it is used "
+                "with; a cache belongs to one model: make one with HiveCache.for_model"
+            )
+        for layer in self.layers:
+            layer.facts = theirs
+
+    @plain
+    def attend(self, query: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """Attention of the tokens handed in last, `[b, H, q, d]` -> `[b, H, q, e]`, and then the
         eviction.
 
-        real: bool `[b, q]`, False for padding among the new tokens; None when there is none.
+        mask: bool `[b, tokens]`, False for padding, as `Progress.begin` reads it.
         """
-        fresh, order = query.shape[2], None
-        if real is not None and bool((real[:, :-1] & ~real[:, 1:]).any()):
-            order = real.to(torch.uint8).sort(dim=1, stable=True).indices  # padding first
-            query, real = by_row(query, order), real.gather(1, order)
-            self._reorder_newest(order)
-        self._add_slots(fresh, real)
-        needs = NOTHING if self.record_past else self.policy.needs
-        out, seen = self._attend(query, scale, needs, real)
-        if self.record_past:
-            self._recorded.add(query, scale, real)
+        keys, values = self._taken()
+        step = self.progress.begin(self.place, keys, mask)
+        query = taken_in_order(query.detach(), step.order)
+        keys, values = (taken_in_order(part, step.order) for part in (keys, values))
+        self._append(keys, values, step)
+        recording = self.progress.recording
+        needs = NOTHING if recording else self.policy.needs
+        out, seen = self.store.attend(query, self._ask(step, scale, needs))
+        if recording:
+            votes = query if self.policy.needs.votes else None
+            self.pending.append(Pending.of(step, scale, votes, keys, values))
         else:
-            self._observe(seen)
-            if real is not None:
-                self._close_gaps()
-            self._evict(decoding=fresh == 1)
-        return out if order is None else by_row(out, order.argsort(1))
+            self._conclude(step, seen)
+        self.progress.finish()
+        return out if step.order is None else taken_in_order(out, step.order.argsort(1))
 
-    def _reorder_newest(self, order: Tensor) -> None:
-        """Put the tokens just appended, not yet in the slots, in the order of int64 `[b, q]`."""
-        held = torch.arange(self.slots.length, device=self.device).expand(order.shape[0], -1)
-        index = torch.cat([held, order + self.slots.length], 1)
-        index = index[:, None].expand(-1, self.store.keys.shape[1], -1)
-        self.store.compact(index, self.store.capacity)
-
-    def _attend(
-        self, query: Tensor, scale: float, needs: Needs, real: Tensor | None
-    ) -> tuple[Tensor, Observed]:
-        slots = self.slots
-        width = span(slots.length, self.store.capacity)
-        valid = slots.valid if slots.holes else None
-        keys, values = self._read_keys(width), self.store.read(width)[1]
-        return attend(query, keys, values, scale, needs, valid, real, slots.length)
-
-    @torch.no_grad()
-    def replay(self, key_states: Tensor, value_states: Tensor, seen: Observed) -> None:
+    @plain
+    def replay(
+        self, keys: Tensor, values: Tensor, seen: Observed, phase: Phase | None = None
+    ) -> None:
         """A step without padding whose attention was computed elsewhere: append, observe, evict.
 
-        Shapes as in `update`. seen: what `attend` would have reported for this policy's `needs`,
-        keys and values included where it wants them. Several layers can so learn from one pass of
-        the model.
+        Shapes as in `update`. seen: what the store would have reported for this policy's `needs`.
+        Several layers can so learn from one pass of the model.
         """
-        self.update(key_states, value_states)
-        WAITING.pop()
-        self._add_slots(key_states.shape[2], None)
-        self._observe(seen)
-        self._evict(decoding=key_states.shape[2] == 1)
+        if not self.slots.length:
+            self.lazy_initialization(keys, values)
+        step = self.progress.begin(self.place, keys, phase=phase)
+        self._append(keys, values, step)
+        self._conclude(step, seen)
+        self.progress.finish()
 
-    def _observe(self, seen: Observed) -> None:
+    def settle(self, pending: Pending) -> None:
+        """A prompt that was recorded and stays: observe and evict after all."""
+        self._conclude(pending.step, self._reported(pending))
+
+    def accept(self, pending: Pending) -> None:
+        """A drafted token that was accepted: what decoding it would have left."""
+        assert pending.keys is not None and pending.values is not None
+        step = self.progress.begin(self.place, pending.keys, pending.step.real, phase="decode")
+        self._append(pending.keys, pending.values, step)
+        self._conclude(step, self._reported(replace(pending, step=step)))
+        self.progress.finish()
+
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        if self._waiting is None:
+            raise ValueError("attention came twice for the same tokens of this cache")
+        waiting, self._waiting = self._waiting, None
+        return waiting
+
+    def _append(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        self.store.append(keys, values, self._room(step))
+        self.slots.append(step, self.store.room)
+        self.appended += step.fresh
+
+    def _ask(self, step: Step, scale: float, needs: Needs) -> Ask:
+        self._scale = scale
+        return Ask(step, scale, needs, self.slots.valid if self.slots.holes else None)
+
+    def _reported(self, pending: Pending) -> Observed:
+        """What attention would have reported of tokens that are the last in the store."""
+        if pending.query is None:
+            return Observed(pending.step.fresh)
+        ask = self._ask(pending.step, pending.scale, self.policy.needs)
+        return self.store.report(pending.query, ask)
+
+    def _conclude(self, step: Step, seen: Observed) -> None:
+        """Let the policy take notice, and evict."""
         if seen.queries is not None:
             seen = replace(seen, rotation=self.written)
-        self._scale = seen.scale
         self.policy.observe(self.slots, seen)
+        if step.phase != "decode":
+            self.eviction.forget()
+            self._close_gaps()
+        if self.progress.frozen or (step.phase == "decode" and not self.eviction.decoding):
+            self.eviction.forget()
+        elif self.eviction.due(self.slots, step.fresh):
+            self.evict(decoding=step.phase == "decode")
 
-    def _add_slots(self, fresh: int, real: Tensor | None) -> None:
-        start = self.seen - fresh
-        if real is not None and self._row_seen is None:
-            batch = real.shape[0]
-            self._row_seen = torch.full((batch,), start, dtype=torch.int64, device=real.device)
-        if self._row_seen is None:
-            self.slots.append(start, fresh, self.store.capacity)
-        else:
-            if real is None:
-                real = torch.ones(len(self._row_seen), fresh, dtype=torch.bool, device=self.device)
-            position = self._row_seen[:, None] + real.cumsum(1) - 1
-            self._row_seen = self._row_seen + real.sum(1)
-            self.slots.append(position.masked_fill(~real, -1), fresh, self.store.capacity)
-        self._appended += fresh
-        if not self.record_past:
-            self._set_limits(fresh)
+    # ---- eviction -------------------------------------------------------------------------------
+
+    def evict(self, decoding: bool, spare: int = 0) -> None:
+        """Drop what is too much, so that `spare` more tokens fit. decoding: with slack.
+
+        Where layers compete, the last of them evicts for all.
+        """
+        if not self.eviction.together:
+            self._close_gaps()
+            self.follow(self.eviction.plan(self.slots, self.held(), decoding, spare))
+        elif self.place == len(self.layers) - 1:
+            for layer in self.layers:
+                layer._close_gaps()
+            plans = plan_together(
+                [layer.eviction for layer in self.layers],
+                [layer.slots for layer in self.layers],
+                [layer.held() for layer in self.layers],
+                decoding,
+                spare,
+            )
+            for layer, plan in zip(self.layers, plans, strict=True):
+                layer.follow(plan)
+
+    @plain
+    def make_room(self, tokens: int) -> None:
+        """Evict now, so that `tokens` more can be appended without going over budget.
+
+        What the policy always keeps stays, so a long turn may evict again.
+        """
+        if self.slots.length:
+            self.evict(decoding=False, spare=tokens)
+
+    def held(self) -> Held:
+        """What is held, for policies that score it."""
+        return Held(self.store.view, self._scale, self.written)
+
+    def follow(self, plan: Plan | None) -> None:
+        """Carry a plan out; None: nothing goes."""
+        if plan is None:
+            return
+        self.slots.adopt(plan)
+        room = self._room_after(plan.longest)
+        self.turning.compact(self.store, self.slots, plan, room, self.progress.seen)
+        self.eviction.forget()
+        self.evicted, self.appended = True, 0
 
     def _close_gaps(self) -> None:
-        index = gaps_closed(self.slots)
-        if index is not None:
-            self.store.compact(index, self.slots.length)
-            self.slots.compact(index, self.slots.length, holes=True)
-            self.placement.update(self.slots, self.row_seen())
+        """Move padding that came after tokens to the front of its row, where empty slots belong."""
+        if not self.slots.gaps:
+            return
+        valid = self.slots.valid
+        self.slots.gaps = bool((valid[:, :, :-1] & ~valid[:, :, 1:]).any())
+        if self.slots.gaps:
+            plan = Plan.keeping(valid)
+            self.store.compact(plan, self.store.room)
+            self.slots.compact(plan, self.store.room)
+            self.eviction.forget()
+
+    # ---- room -----------------------------------------------------------------------------------
+
+    def _room(self, step: Step) -> int:
+        """Slots to allocate for: a prompt exactly, later steps with headroom, within the limits."""
+        needed = self.store.length + step.fresh
+        if needed <= self.store.room:
+            return self.store.room
+        if not self.store.length:
+            return needed
+        if self.eviction.together:
+            return needed + UNEVEN_HEADROOM
+        ahead = HEADROOM if step.phase != "prefill" else max(step.fresh, needed // 8)
+        bound = None if self.progress.frozen else self.eviction.bound(step.fresh)
+        return needed + ahead if bound is None else max(needed, min(needed + ahead, bound))
+
+    def _room_after(self, kept: int) -> int:
+        """Slots to allocate for after an eviction."""
+        if self.eviction.together:
+            return kept + UNEVEN_HEADROOM
+        bound = self.eviction.bound(1)
+        return kept + HEADROOM if bound is None else max(kept, min(kept + HEADROOM, bound))
 
     # ---- what transformers asks of a cache layer -------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Tokens SEEN, padding included, so that position ids stay right; not tokens kept."""
+        waiting = 0 if self._waiting is None else self._waiting[0].shape[2]
+        return self.progress.seen_by(self.place) + waiting
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens seen after this step, 0): the padding mask spans all that was seen."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit on what may be seen."""
+        return -1
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can take the newest tokens back without a trace."""
-        return self.record_past or not (self.evicted or self.policy.needs.votes)
+        return self.progress.recording or not (self.evicted or self.policy.needs.votes)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether votes and evictions wait for `crop`."""
+        return self.progress.recording
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        self.progress.recording = self.progress.opening = recording
 
     def activate_past_recording(self) -> None:
-        """Postpone votes and evictions until `crop`, as speculative decoding needs it."""
-        self.record_past = True
+        """Postpone votes and evictions until `crop`, as speculative decoding needs it.
 
-    def end_recording(self) -> None:
-        """Commit what is pending and return to ordinary steps."""
-        self.crop(0)
-        self.record_past = False
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the newest `-tokens_to_remove` tokens; then count votes and evict as postponed.
-
-        Older releases of transformers pass a tensor. Raises `ValueError` for a positive argument
-        and for a crop behind an eviction.
+        What comes first is taken for a prompt with its first draft, all later steps for drafts.
         """
-        remove = -int(tokens_to_remove)
-        if remove < 0:
-            raise ValueError(f"crop: expected minus the number of tokens to remove, got {-remove}")
-        if not self.is_initialized or (remove == 0 and not self._recorded):
-            return
-        if remove > self._appended:
-            raise ValueError(
-                f"crop: asked to take back {remove} tokens, but only {self._appended} were added "
-                "since the last eviction and what was evicted before cannot be brought back"
-            )
-        if remove and not self.record_past and self.policy.needs.votes:
-            raise ValueError(
-                "crop: these tokens have voted already; call activate_past_recording() before the "
-                "steps that may be taken back"
-            )
-        self._truncate(remove)
-        self._commit(remove)
+        if self.place == 0:
+            self.record_past = True
 
-    def _truncate(self, remove: int) -> None:
-        length = self.slots.length - remove
-        if self._row_seen is not None:
-            real = (self.slots.position[:, 0, length:] >= 0).sum(-1)
-            self._row_seen = self._row_seen - real
+    @property
+    def is_quiet(self) -> bool:
+        """Whether accepting drafted tokens changes nothing but the number of tokens held."""
+        return not self.policy.needs.votes and self.eviction.spares(self.slots)
+
+    @plain
+    def truncate(self, tokens: int) -> None:
+        """Forget the newest tokens (`speculation.crop` says when that is allowed)."""
+        length = self.slots.length - tokens
         self.slots.truncate(length)
         self.store.truncate(length)
-        self.seen -= remove
-        self._appended -= remove
+        self.appended -= tokens
+        self.eviction.forget()
 
-    def _commit(self, removed: int) -> None:
-        """Count the votes of the recorded queries that were not taken back, and evict."""
-        step = self._recorded.take(removed)
-        if step is None:
-            return
-        query, scale, real = step
-        self._set_limits(query.shape[2])
-        if self.policy.needs != NOTHING:
-            _, seen = self._attend(query, scale, self.policy.needs, real)
-            self._observe(seen)
-        self._evict(decoding=query.shape[2] == 1)
-
+    @plain
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues what row `beam_idx[i]` was."""
-        super().reorder_cache(beam_idx)
-        if self.seen:
-            self._recorded.select_rows(beam_idx.to(self.device))
+        """Row i continues what row `beam_idx[i]` was (int64 `[new batch]`)."""
+        if not self.slots.length:
+            return
+        rows = beam_idx.to(self.device)
+        self.turning.select_rows(self.slots, rows)
+        self.store.select_rows(rows)
+        self.slots.select_rows(rows)
+        self._held_shape = (self.slots.batch, *self._held_shape[1:])
+        self.pending = [pending.select_rows(rows) for pending in self.pending]
+        self.eviction.forget()
+        if self.place == 0:
+            self.progress.select_rows(rows)
 
-    def reset(self) -> None:
-        """Back to empty; settings stay."""
-        super().reset()
-        self._recorded = Recording()
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies side by side."""
+        rows = torch.arange(self.slots.batch, device=self.device)
+        self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows of the batch (indices or a bool mask)."""
+        if self.slots.length:
+            rows = torch.arange(self.slots.batch, device=self.device)
+            self.reorder_cache(rows[indices.to(self.device)])
+
+    def offload(self) -> None:
+        """Refused: attention reads the store where it lies. Raises `ValueError`."""
+        raise ValueError(
+            "a HiveCache cannot be offloaded: attention reads its keys and values where they lie; "
+            "use a smaller budget, or transformers' own cache with offloading"
+        )
+
+    prefetch = offload
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor this layer holds."""
-        return super().nbytes + self._recorded.nbytes
+        held = self.store.nbytes + self.slots.nbytes + self.turning.nbytes
+        return held + sum(pending.nbytes for pending in self.pending)
 
-    def _check_same_shape(self, keys: Tensor) -> None:
-        held = self.store.keys
-        expected = (held.shape[0], held.shape[1], held.shape[3], held.dtype)
-        got = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype)
-        if got != expected:
-            names = "(batch, KV heads, key width, dtype)"
-            raise ValueError(
-                f"this cache holds {names} = {expected} but was given {got}; a cache belongs to "
-                "one model and one batch: make a new one, or call reset()"
-            )
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of keys and values that the full cache would hold for the tokens seen."""
+        return self.slots.batch * self.slots.heads * self.get_seq_length() * self._token_bytes
+
+    @staticmethod
+    def _shape(keys: Tensor) -> tuple[int, ...]:
+        return keys.shape[0], keys.shape[1], keys.shape[3]
+
+    def _refuse_shape(self, keys: Tensor) -> None:
+        raise ValueError(
+            f"this cache holds (batch, KV heads, key width) = {self._held_shape} but was given "
+            f"{self._shape(keys)}; a cache belongs to one model and one batch: make a new one, or "
+            "call reset()"
+        )

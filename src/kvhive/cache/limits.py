@@ -1,75 +1,116 @@
-"""How many tokens each head may hold: the budget, spread over heads, for every row of a batch."""
+"""How many tokens each head may hold: the budget, spread over layers and heads, for every row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kvhive.allocations import Allocation, Shape
 from kvhive.budget import Budget
 from kvhive.policies import Policy
+from kvhive.step import Step
 
-Spread = Callable[[int, int], Tensor]
+UNLIMITED = 1 << 62
 
 
 class Limits:
-    """The limits of one layer, worked out again whenever its rows have read a prompt.
+    """The limits of all layers of a cache, worked out again whenever its rows have read a prompt.
 
-    policy, budget (None: the policy sizes itself), slack (None: the policy's own) as in `Recipe`.
-    spread: (budget per head, KV heads) -> int64 `[kv_heads]`, this layer's part of the allocation.
+    A share is taken of the tokens seen whenever a step brings several of them (a prompt, a chunk, a
+    turn) and stays put in decoding; a stream that was fed single tokens from the start has no
+    prompt, and its share follows the tokens seen.
+
+    policies: of each layer. budget: None where they size themselves. slack: tokens to free beyond
+    need when decoding goes over a limit; None: the policies' own.
     """
 
     def __init__(
-        self, policy: Policy, budget: Budget | None, spread: Spread, slack: int | None
+        self,
+        policies: Sequence[Policy],
+        budget: Budget | None,
+        allocation: Allocation,
+        slack: int | None,
     ) -> None:
-        self.policy, self.budget, self.slack = policy, budget, slack
-        self._spread = spread
-        self.rows: Tensor | None = None  # int64 [rows or 1, K]; None: nothing is limited
-        self.least = self.most = 0  # of all heads and rows
+        self.policies, self.budget = list(policies), budget
+        self.allocation, self._slack = allocation, slack
+        self.sizings = [policy.sizing for policy in policies]
+        self.floor = max(sizing.least for sizing in self.sizings)
+        self._limited = budget is not None or any(s.alone is not None for s in self.sizings)
+        self.reset()
 
     def reset(self) -> None:
-        """Nothing is limited until `set`."""
-        self.rows = None
-        self.least = self.most = 0
+        """Nothing is limited until `follow`."""
+        self.all: Tensor | None = None  # int64 [layers, rows or 1, K], on the CPU
+        self.version = 0  # changes whenever `all` does
+        self._prompted = False
+        self._seen: list[int] = []
 
-    def set(self, seen: list[int], heads: int, device: torch.device) -> None:
-        """Work the limits out for rows that have seen so many tokens (one entry: all alike)."""
-        limits = [self._limit(tokens, heads) for tokens in seen]
-        known = [limit for limit in limits if limit is not None]
-        if len(known) < len(limits):
-            self.rows = None
+    def follow(self, step: Step, seen: list[int], heads: int) -> None:
+        """Take notice of a step; seen: tokens each row has seen then, one entry if all alike."""
+        self._prompted |= step.phase == "prefill"
+        if not self._limited:
             return
-        rows = torch.stack(known)
-        self.rows = rows.to(device)
-        self.least, self.most = int(rows.min()), int(rows.max())
+        stays = self.budget is not None and step.phase != "prefill" and self._prompted
+        if seen == self._seen or (stays and self.all is not None):
+            return
+        self._seen = seen
+        rows = [self._limits(tokens, heads) for tokens in seen]
+        self.all, self.version = torch.stack(rows, 1), self.version + 1
 
-    def _limit(self, seen: int, heads: int) -> Tensor | None:
-        if self.budget is None:
-            own = self.policy.own_limit(seen)
-            return None if own is None else torch.full((heads,), own)
+    @property
+    def moving(self) -> bool:
+        """Whether limits change with every token decoded."""
+        return self._limited and (self.budget is None or not self._prompted)
+
+    def of(self, layer: int) -> Tensor | None:
+        """int64 `[rows or 1, K]` on the CPU; None while nothing is limited."""
+        return None if self.all is None else self.all[layer]
+
+    def target(self, layer: int, limits: Tensor) -> Tensor:
+        """What decoding cuts a layer down to: each row frees by its own least limit, so that it
+        does as it does alone. limits: int64 `[b, K]` on the CPU.
+        """
+        sizing, least = self.sizings[layer], limits.amin(-1, keepdim=True)
+        slack = torch.full_like(least, self._slack or 0)
+        if self._slack is None:
+            slack = torch.tensor([[sizing.slack(row)] for row in least.flatten().tolist()])
+        return torch.minimum(limits, (limits - slack).clamp_min(sizing.least))
+
+    def lowered(self, layer: int, limits: Tensor, spare: int) -> Tensor:
+        """Limits for `spare` more tokens to fit; what the policy always keeps stays."""
+        least = (limits - spare).clamp_min(self.sizings[layer].least - 1)
+        return torch.minimum(limits, least) if spare else limits
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
+        if self.all is not None and self.all.shape[1] > 1:
+            self.all, self.version = self.all.index_select(1, rows.cpu()), self.version + 1
+            self._seen = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the limits."""
+        return 0 if self.all is None else self.all.untyped_storage().nbytes()
+
+    def _limits(self, seen: int, heads: int) -> Tensor:
+        """int64 `[layers, K]` for a row that has seen so many tokens."""
+        limited = [self._sized(layer, seen) for layer in range(len(self.policies))]
+        budgets = [budget for budget in limited if budget is not None]
+        if self.budget is None or not budgets:
+            known = [UNLIMITED if limit is None else limit for limit in limited]
+            return torch.tensor(known)[:, None].expand(-1, heads)
+        shape = Shape(len(budgets), heads)
+        shares = iter(self.allocation.shares(shape, budgets[0], self.floor))
+        free = torch.full((heads,), UNLIMITED)
+        return torch.stack([free if limit is None else next(shares) for limit in limited])
+
+    def _sized(self, layer: int, seen: int) -> int | None:
+        """A layer's limit before allocation; None: it has none."""
+        sizing = self.sizings[layer]
+        if self.budget is None or not sizing.budgeted:
+            return None if sizing.alone is None else sizing.alone(seen)
         if self.budget.share == 1:
             return None
-        budget = self.policy.peak(self.budget.resolve(seen, self.policy.least_budget))
-        return self._spread(budget, heads)
-
-    def less(self, spare: int, batch: int, heads: int) -> Tensor:
-        """int64 `[b, K]`: how many tokens each head may hold for `spare` more to fit."""
-        assert self.rows is not None
-        limits = self.rows
-        if spare:
-            least = (limits - spare).clamp_min(self.policy.least_budget - 1)  # always kept
-            limits = torch.minimum(limits, least)
-        return limits.expand(batch, heads)
-
-    def with_slack(self, limits: Tensor) -> Tensor:
-        """What to cut down to: each row frees by its own least limit, so that it does as it does
-        alone.
-        """
-        least = limits.amin(-1, keepdim=True)
-        if self.slack is None:
-            free = [[self.policy.slack(limit)] for limit in least.flatten().tolist()]
-            slack = torch.tensor(free, device=limits.device)
-        else:
-            slack = torch.full_like(least, self.slack)
-        return torch.minimum(limits, (limits - slack).clamp_min(self.policy.least_budget))
+        return sizing.peak(self.budget.resolve(seen, sizing.least))

@@ -1,103 +1,127 @@
-"""Where kept tokens stand: their place in the cache, as against the position they were written at.
+"""Where kept keys stand, when positions are counted inside the cache.
 
-For positions that are counted inside the cache. From one eviction to the next the newest token and
-the slots behind a kept one grow together, so how far it must be turned stays as it is.
+The query stays where it is, and a key is turned on by one position for every newer token that is
+dropped. That is done in place, once, when they are dropped: nothing is copied when keys are read.
+Each turn rounds a 16-bit key by 0.2 % at most, at random, which is nothing for keys that are turned
+a few times. Keys that live through many evictions (sinks, heavy hitters) would drift: from the
+MOST-th turn on they are also held as they were then, and every further turn begins from that. So no
+key is ever further from its exact place than MOST roundings take it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from kvhive.plan import Plan
 from kvhive.rope import Rotation
-from kvhive.slots import Slots
+from kvhive.slots import Column, Slots
+from kvhive.stores import Store
 
-FEW = 16  # one key in so many may be held twice, as written and turned
-
-
-def count_moved(slots: Slots, seen: Tensor) -> int:
-    """How many leading slots are not adjacent, in position, to all that follow them.
-
-    seen: int64 `[b]`, real tokens of each row. The token to come follows them too, so everything
-    has moved once the newest token is evicted.
-    """
-    position = slots.position
-    newest = seen.to(position.device)[:, None, None] - 1
-    behind = slots.length - 1 - torch.arange(slots.length, device=position.device)
-    moved = (position >= 0) & (newest - position != behind)
-    return int((moved.any(0).any(0) * (slots.length - behind)).max())
+MOST = 16  # turns in place
+_TIMES = "turned"
 
 
-def turns(slots: Slots, moved: int) -> Tensor:
-    """int32 `[b, K, moved]`: by how many positions the `moved` leading keys must be turned."""
-    position = slots.position
-    if slots.holes:
-        newest = position.amax(-1, keepdim=True)
-        behind = slots.count[..., None] - 1 - slots.rank[..., :moved]
-    else:
-        newest = position[..., -1:]
-        behind = slots.length - 1 - torch.arange(moved, device=position.device)
-    return (newest - position[..., :moved] - behind).clamp_min(0).int()
-
-
-class Placement:
-    """Turns the keys of one layer that evictions have moved, whenever they are read.
-
-    What it needs for that is worked out once after each eviction: the turns and, where only a FEW
-    keys have moved (StreamingLLM's sinks), the turned keys themselves.
-    """
+class Turning:
+    """Turns the keys of one layer that evictions have moved. rotation: None turns none."""
 
     def __init__(self, rotation: Rotation | None) -> None:
         self.rotation = rotation
-        self.moved = 0  # leading slots whose keys must be turned
-        self._evicted_to = 0  # slots that the last eviction left
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Work out anew what is needed; rows or devices have changed."""
-        self._turns: Tensor | None = None
-        self._turned: Tensor | None = None
+    def reset(self) -> None:
+        """No key is held twice."""
+        self._origins: Tensor | None = None  # [N, d], of the slots turned MOST times, in order
+        self._since: Tensor | None = None  # int64 [N], by how much they have moved since
 
-    def update(self, slots: Slots, seen: Tensor) -> None:
-        """Take notice of an eviction. seen: as in `count_moved`."""
-        if self.rotation is not None:
-            self.moved, self._evicted_to = count_moved(slots, seen), slots.length
-            self.forget()
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """How often a slot's key was turned, MOST at most."""
+        return {} if self.rotation is None else {_TIMES: Column(torch.uint8)}
 
-    def place(self, keys: Tensor, slots: Slots, seen: int) -> Tensor:
-        """Keys `[b, K, n, d]` with those that moved turned to their place in the cache.
+    def compact(self, store: Store, slots: Slots, plan: Plan, room: int, seen: int) -> None:
+        """Compact store and slots, and turn what moves. seen: tokens read; no turn is longer."""
+        if self.rotation is None:
+            store.compact(plan, room)
+            slots.compact(plan, room)
+            return
+        moves = _moves(slots, plan)
+        origin = self._origin_of(slots).gather(-1, plan.index)
+        store.compact(plan, room)
+        slots.compact(plan, room)
+        self._turn(self.rotation, store, slots, moves, origin, seen)
 
-        seen: tokens read, padding included; no turn is longer.
+    def _turn(
+        self,
+        rotation: Rotation,
+        store: Store,
+        slots: Slots,
+        moves: Tensor,
+        origin: Tensor,
+        seen: int,
+    ) -> None:
+        """moves: int64 `[b, K, n]`, by how many positions each key held moves now; origin: int64
+        `[b, K, n]`, its place among the origins held so far.
         """
-        if self.rotation is None or self.moved == 0:
-            return keys
-        turned = self._turned
-        if turned is None:
-            by = turns(slots, self.moved) if self._turns is None else self._turns
-            turned = self.rotation.rotate(keys[:, :, : self.moved], by, seen)
-            if slots.length > self._evicted_to:  # before, the newest token may have been evicted
-                few = self.moved * FEW <= slots.length
-                self._turned, self._turns = (turned, None) if few else (None, by)
-        return torch.cat([turned, keys[:, :, self.moved :]], 2)
+        times, moving = slots[_TIMES], moves > 0
+        old = slots.valid & (times >= MOST)
+        times.add_(moving & (times < MOST))
+        longlived = slots.valid & (times >= MOST)
+        self._follow(store, longlived, old, moves, origin)
+        if self._origins is not None and self._since is not None:
+            store.put_keys(longlived, _turned(rotation, self._origins, self._since, seen))
+        briefly = moving & ~longlived
+        keys = store.take_keys(briefly)
+        if len(keys):
+            store.put_keys(briefly, _turned(rotation, keys, moves[briefly], seen))
+
+    def _follow(
+        self, store: Store, longlived: Tensor, old: Tensor, moves: Tensor, origin: Tensor
+    ) -> None:
+        """Bring the origins in line with the slots that live long, bool `[b, K, n]`; old: those
+        that did before.
+        """
+        origins = store.take_keys(longlived)
+        since = torch.zeros(len(origins), dtype=torch.int64, device=origins.device)
+        if self._origins is not None and self._since is not None:
+            held, place = old[longlived], origin[longlived]
+            origins[held] = self._origins[place[held]]
+            since[held] = self._since[place[held]]
+        if len(origins):
+            self._origins, self._since = origins, since + moves[longlived]
+        else:
+            self.reset()
+
+    def _origin_of(self, slots: Slots) -> Tensor:
+        """int64 `[b, K, n]`: the place of each slot's origin among those held."""
+        held = slots.valid & (slots[_TIMES] >= MOST)
+        return (held.flatten().cumsum(0) - 1).clamp_min(0).view(held.shape)
+
+    def select_rows(self, slots: Slots, rows: Tensor) -> None:
+        """Re-index the batch, before the slots do so themselves."""
+        if self._origins is None or self._since is None:
+            return
+        held = (slots.valid & (slots[_TIMES] >= MOST)).index_select(0, rows)
+        place = self._origin_of(slots).index_select(0, rows)[held]
+        self._origins, self._since = self._origins[place], self._since[place]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor held."""
-        held = [tensor for tensor in (self._turns, self._turned) if tensor is not None]
+        """Bytes of the keys held twice."""
+        held = [tensor for tensor in (self._origins, self._since) if tensor is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
 
-def gaps_closed(slots: Slots) -> Tensor | None:
-    """Slot indices int64 `[b, K, n]` (-1: empty) with padding that came after tokens moved to the
-    front of its row, where empty slots belong; None when there is none."""
-    valid = slots.valid
-    if not bool((valid[:, :, :-1] & ~valid[:, :, 1:]).any()):
-        return None
-    order = valid.to(torch.uint8).sort(dim=-1, stable=True).indices
-    place = torch.arange(slots.length, device=valid.device)
-    return order.masked_fill(place < (slots.length - slots.count)[..., None], -1)
+def _moves(slots: Slots, plan: Plan) -> Tensor:
+    """int64 `[b, K, longest]`: how many newer tokens of its head each survivor loses."""
+    dropped = slots.valid & ~plan.keep
+    newer = dropped.flip(-1).cumsum(-1).flip(-1)
+    moves = newer.gather(-1, plan.index)
+    return moves if plan.empty is None else moves.masked_fill(plan.empty, 0)
 
 
-def by_row(tensor: Tensor, order: Tensor) -> Tensor:
-    """`[b, H, q, d]` with the queries of each row in the order of int64 `[b, q]`."""
-    return tensor.gather(2, order[:, None, :, None].expand_as(tensor))
+def _turned(rotation: Rotation, keys: Tensor, by: Tensor, seen: int) -> Tensor:
+    """Keys `[N, d]` turned by int64 `[N]` positions, float32 inside."""
+    return rotation.turn(keys, *rotation.cos_sin(by, seen))

@@ -1,49 +1,131 @@
-"""Steps that may be taken back: queries of speculative decoding, until it is known which count."""
+"""Speculative decoding: drafted tokens wait here until it is known which of them count.
+
+While recording, tokens are attended to but do not vote, and nothing is evicted. `crop` takes the
+rejected ones back; the accepted ones then go through the very steps that decoding them one by one
+would have taken, so that a recipe keeps what it keeps without a draft.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from kvhive.step import Step
 
-class Recording:
-    """The queries since the last commit, so that those which stay can vote after all."""
+if TYPE_CHECKING:
+    from kvhive.cache.layer import HiveLayer
 
-    def __init__(self) -> None:
-        self._steps: list[tuple[Tensor, float, Tensor | None]] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._steps)
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A recorded step of one layer. query: `[b, H, q, d]`, None where nobody votes. keys, values:
+    `[b, K, q, d]` and `[b, K, q, e]` of drafts; None for a prompt, which stays where it is.
+    """
 
-    def add(self, query: Tensor, scale: float, real: Tensor | None) -> None:
-        """One step: query `[b, H, q, d]`, its scale, and bool `[b, q]`, False for padding."""
-        self._steps.append((query, scale, real))
+    step: Step
+    scale: float
+    query: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
 
-    def take(self, removed: int) -> tuple[Tensor, float, Tensor | None] | None:
-        """All steps as one without the last `removed` queries; nothing is recorded afterwards."""
-        steps, self._steps = self._steps, []
-        fresh = sum(query.shape[2] for query, _, _ in steps) - removed
-        if fresh <= 0:
-            return None
-        query = torch.cat([query for query, _, _ in steps], dim=2)[:, :, :fresh]
-        if all(real is None for _, _, real in steps):
-            return query, steps[0][1], None
-        parts = [
-            query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
-            if real is None
-            else real
-            for query, _, real in steps
-        ]
-        return query, steps[0][1], torch.cat(parts, dim=1)[:, :fresh]
+    @classmethod
+    def of(
+        cls, step: Step, scale: float, query: Tensor | None, keys: Tensor, values: Tensor
+    ) -> Pending:
+        """Of a step just taken."""
+        prompt = step.phase == "prefill"
+        return cls(step, scale, query, None if prompt else keys, None if prompt else values)
 
-    def select_rows(self, rows: Tensor) -> None:
+    def part(self, start: int, stop: int) -> Pending:
+        """Its tokens start..stop-1 alone."""
+        query, keys, values = (
+            None if tensor is None else tensor[:, :, start:stop]
+            for tensor in (self.query, self.keys, self.values)
+        )
+        return replace(
+            self, step=self.step.part(start, stop), query=query, keys=keys, values=values
+        )
+
+    def select_rows(self, rows: Tensor) -> Pending:
         """Re-index the batch: row i becomes what row `rows[i]` was."""
-        self._steps = [
-            (query[rows], scale, None if real is None else real[rows])
-            for query, scale, real in self._steps
-        ]
+        query, keys, values = (
+            None if tensor is None else tensor.index_select(0, rows)
+            for tensor in (self.query, self.keys, self.values)
+        )
+        return replace(
+            self, step=self.step.select_rows(rows), query=query, keys=keys, values=values
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the queries held."""
-        return sum(query.untyped_storage().nbytes() for query, _, _ in self._steps)
+        """Bytes of what waits."""
+        held = (self.query, self.keys, self.values)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
+
+def crop(layers: Sequence[HiveLayer], remove: int) -> None:
+    """Take the newest `remove` tokens back from all layers of a cache; then let those that stay
+    vote and evict.
+
+    Raises `ValueError` for what cannot be taken back.
+    """
+    first = layers[0]
+    if not first.slots.length or (remove == 0 and not first.pending):
+        return
+    recorded = sum(pending.step.fresh for pending in first.pending)
+    _check(layers, remove, recorded)
+    steps = list(zip(*(layer.pending for layer in layers), strict=True))
+    stays = recorded - remove
+    if stays <= 0 or all(layer.is_quiet for layer in layers):
+        _truncate(layers, remove)
+    else:
+        prompt = min(steps[0][0].step.fresh, stays) if steps[0][0].keys is None else 0
+        _truncate(layers, recorded - prompt)
+        if prompt:
+            _settle(layers, [pending.part(0, prompt) for pending in steps[0]])
+        for step in steps[1 if steps[0][0].keys is None else 0 :]:
+            count = min(step[0].step.fresh, stays - prompt)
+            for place in range(count):
+                for layer, pending in zip(layers, step, strict=True):
+                    layer.accept(pending.part(place, place + 1))
+            prompt += count
+    for layer in layers:
+        layer.pending.clear()
+
+
+def _check(layers: Sequence[HiveLayer], remove: int, recorded: int) -> None:
+    if remove < 0:
+        raise ValueError(f"crop: expected minus the number of tokens to remove, got {-remove}")
+    appended = min(layer.appended for layer in layers)
+    if remove > appended:
+        raise ValueError(
+            f"crop: asked to take back {remove} tokens, but only {appended} were added since the "
+            "last eviction and what was evicted before cannot be brought back"
+        )
+    if remove > recorded and any(layer.policy.needs.votes for layer in layers):
+        raise ValueError(
+            "crop: these tokens have voted already; call activate_past_recording() before the "
+            "steps that may be taken back"
+        )
+
+
+def _truncate(layers: Sequence[HiveLayer], tokens: int) -> None:
+    """Forget the newest tokens of every layer."""
+    first = layers[0]
+    real = None
+    if first.progress.rows is not None:
+        real = (first.slots.position[:, 0, first.slots.length - tokens :] >= 0).sum(-1)
+    first.progress.take_back(tokens, real)
+    for layer in layers:
+        layer.truncate(tokens)
+
+
+def _settle(layers: Sequence[HiveLayer], prompt: Sequence[Pending]) -> None:
+    """The prompt that came with the first draft, as if it had come alone."""
+    progress, step = layers[0].progress, prompt[0].step
+    progress.limits.follow(step, progress.lengths(), layers[0].slots.heads)
+    for layer, pending in zip(layers, prompt, strict=True):
+        layer.settle(pending)

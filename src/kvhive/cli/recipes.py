@@ -108,6 +108,7 @@ def _about(member: type[Any]) -> Padding:
 
 def _facts(policy: type[Policy]) -> Padding:
     default = policy()
+    sizing = default.sizing
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
@@ -117,8 +118,8 @@ def _facts(policy: type[Policy]) -> Padding:
         ("needs from attention", needs_text(default.needs)),
         ("cost", policy.cost),
         ("positions", rotary[policy.positions]),
-        ("budget", "yes" if policy.takes_budget else "sizes itself"),
-        ("least budget", f"{default.least_budget} tokens" if policy.takes_budget else "-"),
+        ("budget", "yes" if sizing.budgeted else "sizes itself"),
+        ("least budget", f"{sizing.least} tokens" if sizing.budgeted else "-"),
     ):
         table.add_row(label, Text(value))
     return Padding(table, (0, 0, 1, 2))

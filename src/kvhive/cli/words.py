@@ -16,5 +16,7 @@ def needs_text(needs: Needs) -> str:
         wants.append(squares[needs.columns])
     if needs.last_rows:
         wants.append("last row" if needs.last_rows == 1 else f"last {needs.last_rows} rows")
-    wants += [part for part in ("keys", "queries", "values") if getattr(needs, part)]
+    parts = {"keys": needs.keys or needs.score_keys, "queries": needs.queries}
+    parts["values"] = needs.score_values
+    wants += [part for part, wanted in parts.items() if wanted]
     return ", ".join(wants) or "nothing"

@@ -71,8 +71,8 @@ def held(cache: HiveCache, rows: int = 1) -> CacheStats:
 
 def evicts_while_decoding(recipe: Recipe) -> bool:
     """Whether single tokens after the prompt can change what is held of it."""
-    sized = recipe.budget is not None or recipe.policy.own_limit(2**30) is not None
-    return sized and recipe.policy.acts(True)
+    sizing = recipe.policy.sizing
+    return (recipe.budget is not None or sizing.alone is not None) and sizing.decoding
 
 
 def needs_single_steps(cache: HiveCache) -> bool:

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvhive.cache.handoff import offer
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.cache.layer import HANDLE, HiveLayer
+from kvhive.cache.layer import HiveLayer
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.inference.shared_prefill import Group, Together, can_join
-from kvhive.kernels import Needs, attend
+from kvhive.kernels import Ask, Needs, report
+from kvhive.step import Step
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,17 @@ class _Leader(Group):
         self._before = [member.slots.position for member in self.members]
         for member in self.members:
             member.update(key_states.clone(), value_states.clone())
-        keys = key_states.view(key_states.shape)
-        setattr(keys, HANDLE, self)
-        return keys, value_states
+        self._keys = key_states
+        return offer(key_states, self), value_states
 
-    def attend(self, query: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
+    def attend(self, query: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """The full cache's attention; measures the others on the way."""
         full = self.members[0]
-        asked = Needs(columns="sum")
-        report = attend(query, full.store.keys, full.store.values, scale, asked)[1]
-        assert report.columns is not None
-        columns, fresh = report.columns, query.shape[2]
+        keys, fresh = self._keys, query.shape[2]
+        ask = Ask(Step.plain(full.slots.length, fresh), scale, Needs(columns="sum"))
+        report_of_all = report(query, torch.cat([full.store.view()[0], keys], 2), ask)
+        columns = report_of_all.columns
+        assert columns is not None
         total, new = columns.sum(-1), columns[..., -fresh:].sum(-1)
         outputs = [member.attend(query, scale) for member in self.members]
         truth = outputs[0].float()

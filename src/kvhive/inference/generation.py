@@ -105,9 +105,10 @@ def _farthest(cache: HiveCache, prompt: int, new: int, chunk: int | None) -> int
     total, recipe = prompt + new, cache.recipe
     if cache.positions == "original" or recipe.budget is None:
         return total
-    budget = recipe.budget.resolve(total, recipe.policy.least_budget)
+    sizing = recipe.policy.sizing
+    budget = recipe.budget.resolve(total, sizing.least)
     step = min(chunk or prompt, prompt)
-    return min(total, max(step, recipe.policy.peak(budget) + (step if chunk else 1)))
+    return min(total, max(step, sizing.peak(budget) + (step if chunk else 1)))
 
 
 def _pick(logits: Tensor, temperature: float) -> int:

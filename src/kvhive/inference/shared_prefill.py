@@ -10,15 +10,18 @@ rows of one batch, and only attention is done cache by cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvhive.cache.handoff import offer
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.cache.layer import HANDLE, HiveLayer
-from kvhive.kernels import NOTHING, Needs, Observed, attend, report
+from kvhive.cache.layer import HiveLayer
+from kvhive.kernels import NOTHING, Ask, Needs, Observed, attend, report
+from kvhive.step import Step
 from kvhive.stores.dense import Dense
 
 
@@ -74,6 +77,11 @@ class Group(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the members do it."""
 
+    def check_model(self, config: object) -> None:
+        """Raises `ValueError` when the members were made for another model."""
+        for member in self.members:
+            member.check_model(config)
+
     def get_seq_length(self) -> int:
         """Tokens seen."""
         return int(self.members[0].get_seq_length())
@@ -98,20 +106,19 @@ class _Told(Group):
     ) -> tuple[Tensor, Tensor]:
         """Hold the prompt's keys and values until its attention call, which finds this layer."""
         self._held = key_states, value_states
-        keys = key_states.view(key_states.shape)
-        setattr(keys, HANDLE, self)
-        return keys, value_states
+        return offer(key_states, self), value_states
 
-    def attend(self, query: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
+    def attend(self, query: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """Causal attention `[b, H, q, d]` -> `[b, H, q, e]`; then every member evicts."""
         keys, values = self._held
         del self._held
-        out, nothing = attend(query, keys, values, scale, NOTHING)
+        ask = Ask(Step.plain(0, query.shape[2]), scale)
+        out, nothing = attend(query, keys, values, ask)
         reports: dict[Needs, Observed] = {NOTHING: nothing}
         for member in self.members:
             needs = member.policy.needs
             if needs not in reports:
-                reports[needs] = report(query, keys, values, scale, needs)
+                reports[needs] = report(query, keys, replace(ask, needs=needs))
             # A copy each: caches that keep everything would otherwise write into one another.
             member.replay(keys.clone(), values.clone(), reports[needs])
         return out
@@ -164,11 +171,9 @@ class _Voices(_Stock):
         )
         for member, keys, values in parts:
             member.update(keys, values)
-        keys = key_states.view(key_states.shape)
-        setattr(keys, HANDLE, self)
-        return keys, value_states
+        return offer(key_states, self), value_states
 
-    def attend(self, query: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
+    def attend(self, query: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """Each member's attention for its rows, `[b, H, q, d]` -> `[b, H, q, e]`."""
         parts = zip(self.members, query.split(self.rows), strict=True)
         return torch.cat([member.attend(rows, scale) for member, rows in parts])

@@ -1,8 +1,8 @@
-"""Attention that also reports what it saw: `attend`, and `report` for one more policy on the same
-prompt; see `contracts` for the terms.
+"""Attention that also reports: `attend`, and `report` for one more policy on the same step; see
+`contracts` for the terms and `reference` for what they mean.
 """
 
-from kvhive.kernels.chunked import attend, report, span
-from kvhive.kernels.contracts import NOTHING, Needs, Observed
+from kvhive.kernels.contracts import NOTHING, Ask, Held, Needs, Observed, Rows
+from kvhive.kernels.dispatch import attend, report
 
-__all__ = ["NOTHING", "Needs", "Observed", "attend", "report", "span"]
+__all__ = ["NOTHING", "Ask", "Held", "Needs", "Observed", "Rows", "attend", "report"]

@@ -5,12 +5,16 @@ Plain values only: nothing here knows a policy, a store or a model.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kvhive.rope import Rotation
+from kvhive.step import Step
 
 
 @dataclass(frozen=True)
@@ -19,24 +23,24 @@ class Needs:
     more.
 
     columns: `"sum"` for the attention every slot received in this step, `"square"` for the sum of
-        its squares, `None` for neither.
+    its squares, `None` for neither.
     fold: whether columns are summed over the query heads that share a KV head; else per query head.
     decay: weight of the step's queries in the columns: the last counts 1, each one before it
-    `decay`
-        times the next.
+    `decay` times the next.
     last_rows: how many of the step's last queries report their whole row of probabilities.
-    keys: whether the keys held are wanted (methods that score keys instead of attention).
     queries: whether the step's queries are wanted (methods that model the queries to come).
-    values: whether the values held are wanted.
+    keys: whether all keys held are wanted with every step.
+    score_keys, score_values: whether keys or values are read where something must go (`Held`).
     """
 
     columns: Literal["sum", "square"] | None = None
     fold: bool = True
     decay: float = 1.0
     last_rows: int = 0
-    keys: bool = False
     queries: bool = False
-    values: bool = False
+    keys: bool = False
+    score_keys: bool = False
+    score_values: bool = False
 
     @property
     def attention(self) -> bool:
@@ -52,7 +56,50 @@ class Needs:
 NOTHING = Needs()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What a kernel is to do beside attending.
+
+    step: the last `step.fresh` slots are its own tokens, which see each other causally; padded
+    queries give zeros and count nowhere. scale: multiplies the product of a query and a key.
+    valid: bool `[b, K, n]`, False for empty slots; None: every slot holds a token. causal: False
+    for a segment of older slots, all of which every query sees.
+    """
+
+    step: Step
+    scale: float
+    needs: Needs = NOTHING
+    valid: Tensor | None = None
+    causal: bool = True
+
+
+class Rows:
+    """Probabilities of a step's last `count` queries over the `n` slots held, a block at a time.
+
+    Hundreds of rows of all heads would be as large as the whole cache, so they are worked out as
+    they are read and never lie side by side.
+    """
+
+    def __init__(self, count: int, block: Callable[[int, int], Tensor], size: int) -> None:
+        self.count = count
+        self._block, self._size = block, size
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Rows:
+        """Rows at hand, float32 `[b, H, r, n]`."""
+        return cls(rows.shape[2], lambda start, stop: rows[:, :, start:stop], rows.shape[2])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Blocks `[b, H, few, n]`, float32, oldest query first; zeros for padded queries."""
+        for start in range(0, self.count, max(1, self._size)):
+            yield self._block(start, min(start + self._size, self.count))
+
+    def all(self) -> Tensor:
+        """`[b, H, r, n]` at once, for those who ask for few."""
+        return torch.cat(list(self), 2)
+
+
+@dataclass(frozen=True, eq=False)
 class Observed:
     """What one step's attention saw of the `n` slots held (the step's own `q` tokens are the last).
 
@@ -60,10 +107,9 @@ class Observed:
     Only what was asked for is present. Rows of padded queries are zero and count nowhere.
 
     columns: float32 `[b, K, n]`, summed over the step's queries and over the query heads that
-        share the KV head (query head h belongs to KV head `h // (H // K)`); `[b, H, n]` without
-        fold.
-    rows: float32 `[b, H, r, n]`, probabilities of the last `r = min(last_rows, q)` queries.
-    keys, values: `[b, K, n, d]` as held. queries: `[b, H, q, d]`.
+    share the KV head (query head h belongs to KV head `h // (H // K)`); `[b, H, n]` without fold.
+    rows: probabilities of the last `r = min(last_rows, q)` queries.
+    queries: `[b, H, q, d]`. keys: `[b, K, n, d]` as held.
     fresh: `q`, how many of the slots this step brought.
     scale: what attention multiplies the product of a query and a key by.
     rotation: how the layer turns queries and keys; None where it does not, or nobody knows how.
@@ -71,9 +117,39 @@ class Observed:
 
     fresh: int
     columns: Tensor | None = None
-    rows: Tensor | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    rows: Rows | None = None
     queries: Tensor | None = None
+    keys: Tensor | None = None
     scale: float = 1.0
     rotation: Rotation | None = None
+
+
+class Held:
+    """What a layer holds, for methods that score keys or values when something must go.
+
+    view: fetches keys `[b, K, n, d]` and values `[b, K, n, e]` as attention reads them; it is asked
+    when they are read, and once: a store of few bits then unpacks them. scale, rotation: as in
+    `Observed`.
+    """
+
+    def __init__(
+        self,
+        view: Callable[[], tuple[Tensor, Tensor]],
+        scale: float = 1.0,
+        rotation: Rotation | None = None,
+    ) -> None:
+        self._view, self.scale, self.rotation = view, scale, rotation
+
+    @cached_property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        return self._view()
+
+    @property
+    def keys(self) -> Tensor:
+        """`[b, K, n, d]`."""
+        return self._both[0]
+
+    @property
+    def values(self) -> Tensor:
+        """`[b, K, n, e]`."""
+        return self._both[1]

@@ -2,6 +2,7 @@
 
 from kvhive.policies import (
     buzz,
+    buzz_log,
     cascading,
     corm,
     elastic,
@@ -13,24 +14,27 @@ from kvhive.policies import (
     l2norm,
     random,
     scissorhands,
+    scissorhands_percentile,
     snapkv,
     streaming_llm,
     tova,
     window,
 )
-from kvhive.policies.base import POLICIES, Knob, Policy, knob
+from kvhive.policies.base import POLICIES, Choice, Knob, Policy, knob
 
-__all__ = ["POLICIES", "Knob", "Policy", "knob"]
+__all__ = ["POLICIES", "Choice", "Knob", "Policy", "knob"]
 _BUILT_IN = (
     full,
     window,
     streaming_llm,
     h2o,
     buzz,
+    buzz_log,
     elastic,
     kv_compress,
     corm,
     scissorhands,
+    scissorhands_percentile,
     tova,
     snapkv,
     l2norm,

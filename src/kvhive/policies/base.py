@@ -1,7 +1,8 @@
 """What a policy is: a frozen dataclass that says which slots survive. Nothing else.
 
 A policy sees slots and what attention reported, never a store, a model or a cache. All of it is
-vectorised over batch and KV heads; there are no loops over tokens.
+vectorised over batch and KV heads; there are no loops over tokens. Only `observe` writes, and only
+into columns, counters and state of the slots; everything else is pure.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvhive.kernels import NOTHING, Needs, Observed
+from kvhive.kernels import NOTHING, Held, Needs, Observed
+from kvhive.policies._parts.selection import keep_top
+from kvhive.policies.sizing import Sizing
 from kvhive.registry import Registry
 from kvhive.slots import Column, Slots
 
@@ -46,23 +49,45 @@ class Knob:
     meaning: str
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a policy decides at an eviction.
+
+    keep: bool `[b, K, n]`, the slots that stay. into: int64 `[b, K, n]`, into which kept slot each
+    dropped one is folded, -1 for none; None: nothing is. columns, counters: their new values, for
+    those that an eviction changes (before the dropped slots go).
+    """
+
+    keep: Tensor
+    into: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    counters: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Policy:
     """Base of all policies. Fields are hyper-parameters, checked in `__post_init__` of the
     subclass.
 
-    Class facts: `source` (paper), `positions` (the rotary rule of the method), `takes_budget`
-    (False: the method sizes itself), `cost` (one line: time and extra memory), `scope` ("model":
-    the survivors of all layers are chosen together by `select_all`, so a head may hold more than
-    the budget as long as the heads of the model do not on average).
+    A method of its own needs one of these: `protected` alone (sinks and windows), `score` with or
+    without `protected` (what is kept beside are the best), `select` (a mask), `choose` (a mask and
+    what changes with it), `choose_all` (for all layers at once).
+
+    Class facts: `source` (paper), `positions` (the rotary rule of the method), `cost` (one line:
+    time and extra memory), `granularity` (who must agree on what stays: nobody beyond the KV
+    "head", the heads of a "layer", or all layers of the "model", for which `choose_all` decides and
+    the budget bounds the mean over all heads), `even` (whether lengths alone decide how many stay),
+    `merges` (whether what is dropped is folded into what stays), `ties` (who wins among equal
+    scores).
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     cost: ClassVar[str]
     positions: ClassVar[Positions] = "original"
-    takes_budget: ClassVar[bool] = True
-    scope: ClassVar[Literal["layer", "model"]] = "layer"
+    granularity: ClassVar[Literal["head", "layer", "model"]] = "head"
+    even: ClassVar[bool] = True
+    ties: ClassVar[Literal["older", "newer"]] = "older"
 
     @property
     def needs(self) -> Needs:
@@ -80,107 +105,65 @@ class Policy:
         return {}
 
     @property
-    def least_budget(self) -> int:
-        """The smallest budget the hyper-parameters allow: what is always kept, and one more."""
-        return 1
-
-    @property
-    def implied_budget(self) -> int | None:
-        """The budget that the hyper-parameters fix by themselves, if they do."""
-        return None
-
-    @property
-    def takes_own_size(self) -> bool:
-        """Whether the method, as set, sizes itself and so can do without a budget."""
-        return not self.takes_budget
-
-    def own_limit(self, seen: int) -> int | None:
-        """Without a budget: tokens a head may hold after `seen` before `select` is called.
-
-        0: `select` is called after every step, its budget 0 too, and decides how many stay. None:
-        nothing is limited.
-        """
-        return None
-
-    def peak(self, budget: int) -> int:
-        """The most tokens held for a nominal budget; the same, unless a knob says otherwise."""
-        return budget
-
-    def slack(self, budget: int) -> int:
-        """Tokens to free beyond need when a decoding step goes over `budget`, so that the copying
-        that
-        an eviction costs is spread over that many steps. 0: exactly as the references do."""
-        return min(64, budget // 32)
+    def sizing(self) -> Sizing:
+        """The sizes that the hyper-parameters ask for."""
+        return Sizing()
 
     @property
     def merges(self) -> bool:
-        """Whether `merge_into` is asked: kept slots may then hold keys no token wrote."""
+        """Whether `choose` folds slots into others, which then hold keys no token wrote."""
         return False
 
-    def acts(self, decoding: bool) -> bool:
-        """Whether the method evicts after such a step: methods for the prompt alone do not in
-        decoding.
-        """
-        return True
+    def for_layer(self, layer: int, layers: int, tokens: int | None) -> Policy:
+        """The policy to use in layer `layer` of `layers`; most methods treat all alike.
 
-    def for_layer(self, layer: int, layers: int) -> Policy:
-        """The policy to use in layer `layer` of `layers`; most methods treat all alike."""
-        return self
-
-    def for_budget(self, tokens: int | None) -> Policy:
-        """The policy to use at a budget of `tokens`, None for a share or none at all.
-
-        For what depends on the recipe's budget and not on the one of the moment, which `make_room`
-        lowers.
+        tokens: the recipe's budget where it is a count, None for a share or none at all. For what
+        depends on it and not on the limit of the moment, which `make_room` lowers.
         """
         return self
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Fold a step's report into the slots' columns. Called once a step, after the slots were
-        added.
+        added. It must not ask the device for a number when one token a row was decoded.
         """
 
-    def weigh(self, slots: Slots, held: Observed) -> None:
-        """Score what is held, right before `select`: for scores that change with the others held.
-
-        held: keys and values as attention reads them, where `needs` asks for them, and no attention
-        (`fresh` is 0). Steps that evict nothing do not come here, so reading all keys costs little.
-        """
-
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """Which slots stay: bool `[b, K, n]`, at most `budget` (int64 `[b, K]`) of each head's
-        tokens.
-
-        Reads slots and may update counters; heads that are within their budget are left alone by
-        the cache whatever is said of them here.
-        """
-        raise TypeError(f"{type(self).__name__} does not say which slots survive")
-
-    def select_all(
-        self,
-        slots: Sequence[Slots],
-        limits: Sequence[Tensor],
-        slack: int | None,
-        decoding: bool,
-    ) -> list[Tensor] | None:
-        """With `scope = "model"`, in place of `select`: which slots of each layer stay.
-
-        slots, limits (int64 `[b, K]`): one for each layer, in order. slack: tokens a head, on
-        average, to free beyond need; None: the policy's own. Returns a bool `[b, K, n]` for each
-        layer, or None when no row holds more than the sum of its limits. Rows are judged
-        independently.
-        """
-        raise TypeError(f"{type(self).__name__} does not say which slots survive")
-
-    def merge_into(self, slots: Slots, keep: Tensor) -> Tensor | None:
-        """Into which kept slot each dropped one is folded, before the eviction that `keep`
-        describes.
-
-        int64 `[b, K, n]`, -1 where nothing is folded; None: nowhere at all. The store replaces the
-        key and the value of each target by the plain mean of its own and all that are folded into
-        it.
+    def score(self, slots: Slots, held: Held) -> Tensor | None:
+        """What a token is worth, float32 `[b, K, n]`, the higher the better; None: the method does
+        not rank tokens. held: keys and values, for methods that `needs` says read them.
         """
         return None
+
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """Tokens that stay whatever their score, bool `[b, K, n]`; budget as in `select`."""
+        return torch.zeros_like(slots.valid)
+
+    def select(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Tensor:
+        """Which slots stay: bool `[b, K, n]`, at most `budget` (int64 `[b, K]`) of each head's
+        tokens. By default those protected and the best of the rest.
+
+        Heads that are within their limit are left alone whatever is said of them here.
+        """
+        first = self.protected(slots, budget)
+        if score is None:
+            return first
+        room = budget - first.sum(-1)
+        return first | keep_top(score, slots.valid & ~first, room, self.ties == "newer")
+
+    def choose(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Choice:
+        """As `select`, with all that changes with the eviction."""
+        return Choice(self.select(slots, budget, score))
+
+    def choose_all(
+        self, slots: Sequence[Slots], limits: Tensor, target: Tensor, decoding: bool
+    ) -> list[Tensor] | None:
+        """With granularity "model": which slots of each layer stay.
+
+        slots: of each layer, in order. limits, target: int64 `[layers, b, K]` on the CPU, what
+        heads may hold, and what they are to be cut down to where they hold more. Returns a bool
+        `[b, K, n]` for each layer, or None when no row holds more than all its limits allow. Rows
+        are judged independently.
+        """
+        raise TypeError(f"{type(self).__name__} does not say which slots survive")
 
     @classmethod
     def knobs(cls) -> list[Knob]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts.cascade import insert
 from kvhive.policies._parts.selection import new_tokens
-from kvhive.policies.base import POLICIES, Policy, Positions, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Choice, Policy, Positions, at_least, knob, one_of
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
 
 MOST_SINKS, MOST_LEVELS = 64, 32
@@ -28,8 +29,8 @@ class Cascading(Policy):
     The same memory as sinks and one window reaches back about (2^levels - 1) / levels times as far.
 
     A budget gives each level (budget - sink) / levels places, and what is left over to the newest.
-    Tokens that come at once (a prompt, a chunk, in decoding what slack lets gather) are inserted in
-    order, by the scores they have then.
+    Tokens that come at once (a prompt, a chunk, in decoding what slack lets gather: an eighth of
+    the budget) are inserted in order, by the scores they have then.
     Source: Willette et al. 2024, arXiv:2406.17808; the authors' kernel where the two differ. Ties:
     the later token. State: float32 score and one byte per slot, the number of sinks per head.
     """
@@ -83,23 +84,18 @@ class Cascading(Policy):
         return {"sinks": torch.int32}
 
     @property
-    def least_budget(self) -> int:
-        """The sinks, and one token a level."""
-        return self.levels + (1 if self._given_sink is None else self._given_sink)
+    def sizing(self) -> Sizing:
+        """The sinks, and one token a level, at least.
 
-    @property
-    def implied_budget(self) -> int | None:
-        """sink + levels * places; without eager fill tokens are dropped long before that."""
-        return self._whole if self.eager_fill else None
-
-    @property
-    def takes_own_size(self) -> bool:
-        """With `places` given."""
-        return self._whole is not None
-
-    def own_limit(self, seen: int) -> int | None:
-        """0, select at every step, where `places` is given and levels do not fill eagerly."""
-        return None if self._whole is None else 0
+        Where `places` is given the knobs add up to a budget of their own; without eager fill tokens
+        are dropped long before that, at any step.
+        """
+        return Sizing(
+            least=self.levels + (1 if self._given_sink is None else self._given_sink),
+            implied=self._whole if self.eager_fill else None,
+            alone=None if self._whole is None else lambda seen: 0,
+            slack=lambda budget: min(256, budget // 8),
+        )
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """score = beta^q * score + (1 - beta) * the step's column sums, weighed by beta^age."""
@@ -112,9 +108,8 @@ class Cascading(Policy):
             decay = (self.beta ** new_tokens(slots, seen.fresh).double())[..., None].float()
         slots["score"].mul_(decay).add_(received, alpha=1 - self.beta)
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+    def choose(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Choice:
         """Insert the tokens that came since, level by level; what is in none is dropped."""
-        over = slots.count > budget
         sinks, sizes = self._regions(slots, budget)
         position = slots.position.long()
         level = slots["level"].long() - 1
@@ -125,10 +120,11 @@ class Cascading(Policy):
         level, alive = insert(
             level, pending, position - sinks[..., None], slots["score"], sizes, self._strides, eager
         )
-        slots["level"].copy_(torch.where(over[..., None], level + 1, slots["level"]))
-        counter = slots.counters["sinks"]
-        counter.copy_(torch.where(over, sinks.to(counter.dtype), counter))
-        return kept | alive
+        return Choice(
+            kept | alive,
+            columns={"level": (level + 1).to(torch.uint8)},
+            counters={"sinks": sinks.int()},
+        )
 
     @property
     def _strides(self) -> tuple[int, ...]:

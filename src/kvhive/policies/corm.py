@@ -13,6 +13,7 @@ from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import votes
 from kvhive.policies._parts.selection import keep_top, recent
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
 
 MOST, LEAST = 256, 16  # bounds of history and recent where the tokens seen decide them
@@ -37,6 +38,7 @@ class Corm(Policy):
 
     source: ClassVar[str] = "arXiv:2404.15949"
     cost: ClassVar[str] = "the last 256 rows of a prompt, then each row; 32 bytes a slot"
+    even: ClassVar[bool] = False
 
     history: int | None = knob(
         None, "queries remembered; default min(256, budget), without one seen / 16 in 16..256"
@@ -55,9 +57,9 @@ class Corm(Policy):
             value = getattr(self, name)
             if value is not None:
                 at_least("corm", name, value, 1)
-        if self.cap is not None and self.cap < self.least_budget:
+        if self.cap is not None and self.cap < self.sizing.least:
             raise ValueError(
-                f"corm: cap must be at least recent + 1 = {self.least_budget}, got {self.cap}"
+                f"corm: cap must be at least recent + 1 = {self.sizing.least}, got {self.cap}"
             )
         one_of("corm", "threshold", self.threshold, ("seen", "cache"))
 
@@ -72,16 +74,11 @@ class Corm(Policy):
         return {"votes": Column(torch.uint8, (votes.ring_bytes(self._ring),))}
 
     @property
-    def least_budget(self) -> int:
-        """The recent tokens, and one more."""
-        return 1 if self.recent is None else self.recent + 1
+    def sizing(self) -> Sizing:
+        """The recent tokens, and one more; it can always size itself."""
+        return Sizing(least=1 if self.recent is None else self.recent + 1, alone=self._limit)
 
-    @property
-    def takes_own_size(self) -> bool:
-        """It always can."""
-        return True
-
-    def own_limit(self, seen: int) -> int:
+    def _limit(self, seen: int) -> int:
         """0 (select, and size yourself) once enough queries were seen, if it is time."""
         remembered = int(self._remembered(torch.tensor(self.cap or UNBOUNDED), torch.tensor(seen)))
         due = seen >= remembered and seen % self.every == 0
@@ -90,18 +87,16 @@ class Corm(Policy):
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Push a row of bits for each query: p >= its even share."""
         assert seen.rows is not None
-        number = seen.rows.shape[2]
-        share = votes.average_share(slots, number, self.threshold)
-        grouped = votes.by_group(seen.rows, slots.heads)
-        important = grouped.amax(2) >= share[..., None]
-        votes.record(slots["votes"], important, votes.voters(slots, number), self._ring)
+        for rows, voters, share in votes.blocks(slots, seen.rows, self.threshold):
+            important = rows.amax(2) >= share[..., None]
+            votes.record(slots["votes"], important, voters)
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+    def select(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Tensor:
         """What was voted for and what is recent; the most voted for, if that is too much."""
         bound = torch.where(budget > 0, budget, UNBOUNDED).clamp_max(self.cap or UNBOUNDED)
         newest = slots.position.amax(-1).long()
         remembered = self._remembered(bound, newest + 1)
-        count = votes.count(slots["votes"], newest, remembered, self._ring)
+        count = votes.count(slots["votes"], newest, remembered)
         early = (newest + 1 < remembered)[..., None]
         size = self._recent(bound, newest + 1)
         tail = recent(slots, size)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
+from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.selection import keep_top, layer_mean, new_tokens, recent, sinks
-from kvhive.policies.base import POLICIES, Policy, at_least, knob
+from kvhive.policies.base import POLICIES, Choice, Policy, at_least, knob
+from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
 
 
@@ -32,6 +33,7 @@ class Elastic(Policy):
     """
 
     source: ClassVar[str] = "arXiv:2407.18121"
+    granularity: ClassVar[Literal["head", "layer", "model"]] = "layer"
     cost: ClassVar[str] = "column sums; a mean of what a prompt drops; 4 bytes a slot"
 
     start: int = knob(1, "first tokens kept for ever as they are")
@@ -49,11 +51,6 @@ class Elastic(Policy):
             raise ValueError(f"elastic: drop_ratio must lie in [0, 1), got {self.drop_ratio}")
 
     @property
-    def takes_budget(self) -> bool:  # type: ignore[override]  # here it depends on a knob
-        """Not with `drop_ratio`."""
-        return self.drop_ratio is None
-
-    @property
     def needs(self) -> Needs:
         """Column sums."""
         return Needs(columns="sum")
@@ -69,28 +66,28 @@ class Elastic(Policy):
         return {"fixed": torch.int32, "encoding": torch.bool}
 
     @property
-    def least_budget(self) -> int:
-        """The first tokens, the last one, and an anchor between them."""
-        return self.start + 2
+    def sizing(self) -> Sizing:
+        """The first tokens, the last one, and an anchor between them at least; with `drop_ratio`,
+        which says how many stay at every step, no budget and no slack.
+        """
+        least = self.start + 2
+        if self.drop_ratio is None:
+            return Sizing(least=least)
+        return Sizing(least=least, budgeted=False, alone=self._limit, slack=no_slack)
 
     @property
     def merges(self) -> bool:
         """Unless switched off."""
         return self.merge
 
-    def own_limit(self, seen: int) -> int | None:
+    def _limit(self, seen: int) -> int:
         """The most slots n for which int(n - seen * (1 - drop_ratio)) is 0, in double precision."""
-        if self.drop_ratio is None:
-            return None
+        assert self.drop_ratio is not None
         share = seen * (1 - self.drop_ratio)
         limit = math.floor(share)
         while int(limit + 1 - share) < 1:
             limit += 1
-        return max(limit, self.least_budget)
-
-    def slack(self, budget: int) -> int:
-        """None with `drop_ratio`, which says how many stay at every step."""
-        return super().slack(budget) if self.drop_ratio is None else 0
+        return max(limit, self.start + 2)
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """score += the column sums of an instruction; F follows its end."""
@@ -99,26 +96,34 @@ class Elastic(Policy):
         if seen.fresh > 1:
             assert seen.columns is not None
             slots["score"].add_(seen.columns * (arrived > 1)[..., None])
-            self._set_fixed(slots, slots.count, arrived > 1)
+            slots.counters["fixed"].copy_(self._fixed(slots, slots.count, arrived > 1))
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+    def score(self, slots: Slots, held: Held) -> Tensor:
+        """What the instruction's queries of all heads gave the token."""
+        return layer_mean(slots["score"], slots.position)
+
+    def choose(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Choice:
         """After an instruction both ends and the best anchors; else all but slot F."""
-        encoding = slots.counters["encoding"]
+        encoding, limits = slots.counters["encoding"], torch.minimum(slots.count, budget)
         later = slots.valid & ~self._surplus(slots, budget)
         if not bool(encoding.any()):
-            return later
-        self._set_fixed(slots, torch.minimum(slots.count, budget), encoding)
+            return Choice(later)
+        assert score is not None
         ends = self._ends(slots)
         number = budget - ends.sum(-1)
-        score = layer_mean(slots["score"], slots.position)
         anchors = keep_top(score, slots.valid & ~ends, number, newer_first=True)
-        return torch.where(encoding[..., None], ends | anchors, later)
+        keep = torch.where(encoding[..., None], ends | anchors, later)
+        return Choice(
+            keep,
+            into=self._anchors(slots, keep) if self.merge else None,
+            counters={"fixed": self._fixed(slots, limits, encoding)},
+        )
 
-    def merge_into(self, slots: Slots, keep: Tensor) -> Tensor | None:
-        """After an instruction the nearest anchor by position, the older of two."""
+    def _anchors(self, slots: Slots, keep: Tensor) -> Tensor:
+        """int64 `[b, K, n]`: where each token of an instruction that is dropped goes, else -1; the
+        nearest anchor by position, the older of two.
+        """
         encoding = slots.counters["encoding"]
-        if not bool(encoding.any()):
-            return None
         anchor, position, n = keep & ~self._ends(slots), slots.position, slots.length
         place = torch.arange(n, device=keep.device).expand_as(anchor)
         older = place.masked_fill(~anchor, -1).cummax(-1).values
@@ -132,10 +137,9 @@ class Elastic(Policy):
         """bool: the first tokens and the last, which instructions neither drop nor merge into."""
         return sinks(slots, self.start) | recent(slots, 1)
 
-    def _set_fixed(self, slots: Slots, end: Tensor, where: Tensor) -> None:
+    def _fixed(self, slots: Slots, end: Tensor, where: Tensor) -> Tensor:
         """F, `where` (bool `[b, K]`) an instruction leaves `end` (int `[b, K]`) slots."""
-        fixed = slots.counters["fixed"]
-        fixed.copy_(torch.where(where, end + self.distance, fixed))
+        return torch.where(where, end + self.distance, slots.counters["fixed"]).int()
 
     def _surplus(self, slots: Slots, budget: Tensor) -> Tensor:
         """bool: what dropping slot F costs until `budget` are left; never the newest token."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
+from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.futures import Gaussian, QueryRing, fit
-from kvhive.policies._parts.selection import grouped, keep_top, lengths, sinks
+from kvhive.policies._parts.selection import grouped, lengths, sinks
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
-from kvhive.slots import Column, Slots
+from kvhive.policies.sizing import Sizing
+from kvhive.slots import Slots
 
-HELD_AND_QUERIES = Needs(keys=True, values=True, queries=True)
+HELD_AND_QUERIES = Needs(queries=True, score_keys=True, score_values=True)
 
 
 @POLICIES.register("expected_attention")
@@ -31,13 +31,11 @@ class ExpectedAttention(Policy):
     ones.
 
     Source: Devoto et al. 2025, arXiv:2510.00636; `ExpectedAttentionPress` of kvpress. State:
-    float32 score per slot, the last `queries` queries of a layer.
+    the last `queries` queries of a layer.
     """
 
     source: ClassVar[str] = "arXiv:2510.00636"
-    cost: ClassVar[str] = (
-        "reads keys and values once an eviction, O(n d^2); 4 bytes a slot, queries"
-    )
+    cost: ClassVar[str] = "reads keys and values once an eviction, O(n d^2); the last queries"
 
     sink: int = knob(4, "first tokens kept for ever; their queries are left out as outliers")
     future: int = knob(512, "positions ahead that are averaged over")
@@ -59,22 +57,15 @@ class ExpectedAttention(Policy):
         return HELD_AND_QUERIES
 
     @property
-    def columns(self) -> Mapping[str, Column]:
-        """The score at the last eviction."""
-        return {"score": Column()}
-
-    @property
-    def least_budget(self) -> int:
-        """The sinks and one more token."""
-        return self.sink + 1
-
-    def slack(self, budget: int) -> int:
-        """An eighth of the budget, at most 128: an eviction costs as much as many steps."""
-        return min(128, budget // 8)
-
-    def acts(self, decoding: bool) -> bool:
-        """In decoding only with `decode="rescore"`."""
-        return not decoding or self.decode == "rescore"
+    def sizing(self) -> Sizing:
+        """The sinks and one more token; an eviction costs as much as many steps, so it frees an
+        eighth of the budget, at most 128. Decoding evicts only with `decode="rescore"`.
+        """
+        return Sizing(
+            least=self.sink + 1,
+            slack=lambda budget: min(128, budget // 8),
+            decoding=self.decode == "rescore",
+        )
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Remember the last queries; of a step that brings as many, describe all."""
@@ -100,10 +91,8 @@ class ExpectedAttention(Policy):
                 whole = whole.where(many, self._latest(ring, seen))
             whole.remember(slots.state)
 
-    def weigh(self, slots: Slots, held: Observed) -> None:
+    def score(self, slots: Slots, held: Held) -> Tensor:
         """Expected attention times length of the value, for all tokens but the sinks."""
-        assert held.keys is not None
-        assert held.values is not None
         state = slots.state
         now = Gaussian.recall(state) or self._latest(QueryRing(state), held)
         start = slots.position.amax((1, 2)) + 1
@@ -111,14 +100,13 @@ class ExpectedAttention(Policy):
         rest = slots.valid & ~sinks(slots, self.sink)
         logits = grouped(coming.log_expectation(held.keys, held.scale), slots.heads)
         share = logits.masked_fill(~rest[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-        slots["score"].copy_((share.mean(2) + self.epsilon) * lengths(held.values))
+        return (share.mean(2) + self.epsilon) * lengths(held.values)
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """The sinks and the best of the rest."""
-        first = sinks(slots, self.sink)
-        return first | keep_top(slots["score"], slots.valid & ~first, budget - self.sink)
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The sinks."""
+        return sinks(slots, self.sink)
 
-    def _latest(self, ring: QueryRing, seen: Observed) -> Gaussian:
+    def _latest(self, ring: QueryRing, seen: Observed | Held) -> Gaussian:
         position = ring.position
         use = position >= self.sink
         return fit(ring.queries, position, use, seen.rotation, self.covariance)

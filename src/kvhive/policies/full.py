@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvhive.policies.base import POLICIES, Policy
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 
 
@@ -21,8 +22,12 @@ class Full(Policy):
 
     source: ClassVar[str] = "arXiv:1706.03762"
     cost: ClassVar[str] = "memory and time a token grow with the tokens seen"
-    takes_budget: ClassVar[bool] = False
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+    @property
+    def sizing(self) -> Sizing:
+        """No budget, and no limit."""
+        return Sizing(budgeted=False)
+
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """Everything."""
         return slots.valid

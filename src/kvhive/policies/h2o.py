@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
-from kvhive.policies._parts.selection import keep_top, recent
+from kvhive.kernels import Held, Needs, Observed
+from kvhive.policies._parts.selection import recent
 from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
 
 
@@ -46,17 +47,19 @@ class H2O(Policy):
         return {"score": Column()}
 
     @property
-    def least_budget(self) -> int:
+    def sizing(self) -> Sizing:
         """The window alone (no heavy hitter) is a budget too."""
-        return max(1, self.recent or 0)
+        return Sizing(least=max(1, self.recent or 0))
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """score += this step's column sums."""
         assert seen.columns is not None
         slots["score"].add_(seen.columns)
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """The best of the older tokens, and the window."""
-        size = budget - budget // 2 if self.recent is None else budget.new_tensor(self.recent)
-        window = recent(slots, size.expand_as(budget))
-        return window | keep_top(slots["score"], slots.valid & ~window, budget - size)
+    def score(self, slots: Slots, held: Held) -> Tensor:
+        """Attention received so far."""
+        return slots["score"]
+
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The window."""
+        return recent(slots, budget - budget // 2 if self.recent is None else self.recent)

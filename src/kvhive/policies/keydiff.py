@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
-from kvhive.policies._parts.selection import keep_top
+from kvhive.kernels import Held, Needs
 from kvhive.policies.base import POLICIES, Policy, knob, one_of
-from kvhive.slots import Column, Slots
+from kvhive.slots import Slots
 
 
 @POLICIES.register("keydiff")
@@ -23,12 +21,12 @@ class KeyDiff(Policy):
     Keys as attention reads them (rotated), each KV head by itself; no attention is looked at, so
     the choice knows nothing of the question. Ties: the older token.
 
-    Source: Park et al. 2025, arXiv:2504.15364; `KeyDiffPress` of kvpress. State: float32 score per
-    slot, worked out anew at each eviction because the mean moves.
+    Source: Park et al. 2025, arXiv:2504.15364; `KeyDiffPress` of kvpress. State: none, the
+    score is worked out anew at each eviction because the mean moves.
     """
 
     source: ClassVar[str] = "arXiv:2504.15364"
-    cost: ClassVar[str] = "reads the keys once an eviction, no attention scores; 4 bytes a slot"
+    cost: ClassVar[str] = "reads the keys once an eviction, no attention scores"
 
     anchor: Literal["unit", "plain"] = knob(
         "unit", "mean of the keys scaled to length 1, or of the keys as they are"
@@ -39,24 +37,14 @@ class KeyDiff(Policy):
 
     @property
     def needs(self) -> Needs:
-        """The keys."""
-        return Needs(keys=True)
+        """The keys, when something must go."""
+        return Needs(score_keys=True)
 
-    @property
-    def columns(self) -> Mapping[str, Column]:
-        """Cosine similarity to the mean key at the last eviction."""
-        return {"similarity": Column()}
-
-    def weigh(self, slots: Slots, held: Observed) -> None:
-        """Compare every key with the mean of all that are held."""
-        assert held.keys is not None
+    def score(self, slots: Slots, held: Held) -> Tensor:
+        """How little every key is like the mean of all that are held."""
         keys = held.keys.float()
         unit = F.normalize(keys, dim=-1)
         averaged = unit if self.anchor == "unit" else keys
         # The sum points where the mean does, and only its direction matters.
         anchor = (averaged * slots.valid[..., None]).sum(2)
-        slots["similarity"].copy_((unit @ F.normalize(anchor, dim=-1)[..., None]).squeeze(-1))
-
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """The least similar keys."""
-        return keep_top(-slots["similarity"], slots.valid, budget)
+        return -(unit @ F.normalize(anchor, dim=-1)[..., None]).squeeze(-1)

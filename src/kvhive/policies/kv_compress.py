@@ -15,6 +15,7 @@ from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import pages
 from kvhive.policies._parts.selection import grouped, new_tokens
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.sizing import Sizing, some_slack
 from kvhive.slots import Column, Slots
 
 
@@ -36,7 +37,8 @@ class KVCompress(Policy):
     cost: ClassVar[str] = (
         "last 32 rows of a prompt, then each row; a sort over all layers; 4 bytes a slot"
     )
-    scope: ClassVar[Literal["layer", "model"]] = "model"
+    granularity: ClassVar[Literal["head", "layer", "model"]] = "model"
+    even: ClassVar[bool] = False
 
     observed: int = knob(32, "last queries of a prompt that vote")
     protected_window: int = knob(32, "newest tokens kept in every head, the coming one included")
@@ -68,11 +70,6 @@ class KVCompress(Policy):
             raise ValueError(f"kv_compress: rate must lie in (0, 1], got {self.rate}")
 
     @property
-    def takes_budget(self) -> bool:  # type: ignore[override]  # here it depends on a knob
-        """Not with `rate`."""
-        return self.rate is None
-
-    @property
     def needs(self) -> Needs:
         """The last rows."""
         return Needs(last_rows=self.observed)
@@ -88,30 +85,32 @@ class KVCompress(Policy):
         return {"generated": torch.int32} if self.interval > 1 else {}
 
     @property
-    def least_budget(self) -> int:
-        """Sinks and window."""
-        return self.sink + self.protected_window
+    def sizing(self) -> Sizing:
+        """Sinks and window at least, whole pages; with `rate` no budget."""
+        return Sizing(
+            least=self.sink + self.protected_window,
+            budgeted=self.rate is None,
+            alone=None if self.rate is None else self._limit,
+            peak=self._whole,
+            slack=self._slack,
+            decoding=self.decode == "continual",
+        )
 
-    def own_limit(self, seen: int) -> int | None:
+    def _limit(self, seen: int) -> int:
         """With `rate`: the most a head holds on average, given that pages may be partly empty."""
-        if self.rate is None:
-            return None
-        window = self.peak(self.protected_window)
+        assert self.rate is not None
+        window = self._whole(self.protected_window)
         return window + math.ceil(max(0, seen + 1 - window) * self.rate) + self.page - 1
 
-    def peak(self, budget: int) -> int:
+    def _whole(self, budget: int) -> int:
         """Whole pages."""
         return -(-budget // self.page) * self.page
 
-    def slack(self, budget: int) -> int:
+    def _slack(self, budget: int) -> int:
         """Whole pages, at least one; budgets below 8 pages have none to spare."""
         if budget < 8 * self.page:
             return 0
-        return max(1, super().slack(budget) // self.page) * self.page
-
-    def acts(self, decoding: bool) -> bool:
-        """After every prompt, and while generating unless switched off."""
-        return not decoding or self.decode == "continual"
+        return max(1, some_slack(budget) // self.page) * self.page
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """metric += votes; those of several tokens at once, a prompt's, are pooled."""
@@ -123,7 +122,7 @@ class KVCompress(Policy):
             if self.interval > 1:
                 generated = slots.counters["generated"]
                 generated.add_(arrived == 1).masked_fill_(arrived > 1, 0)
-        votes = self.votes(seen.rows, slots, pooled)
+        votes = self.votes(seen.rows.all(), slots, pooled)
         slots["metric"].add_(grouped(votes, slots.heads).sum(2))
 
     def votes(self, rows: Tensor, slots: Slots, pooled: Tensor | None) -> Tensor:
@@ -158,40 +157,41 @@ class KVCompress(Policy):
         pooled = F.max_pool1d(votes.gather(-1, order), self.pool, 1, self.pool // 2)
         return torch.empty_like(votes).scatter_(-1, order, pooled)
 
-    def select_all(
-        self, slots: Sequence[Slots], limits: Sequence[Tensor], slack: int | None, decoding: bool
+    def choose_all(
+        self, slots: Sequence[Slots], limits: Tensor, target: Tensor, decoding: bool
     ) -> list[Tensor] | None:
         """All but the cheapest pages, as many as are too many."""
-        excess = self.excess(slots, limits, slack)
-        if decoding and self.interval > 1:
-            excess = excess * (slots[0].counters["generated"][:, 0] % self.interval == 0)
+        excess = self.excess(slots, limits, target)
         if not bool(excess.any()):
             return None
+        if decoding and self.interval > 1:
+            due = slots[0].counters["generated"][:, 0].cpu() % self.interval == 0
+            excess = excess * due
+            if not bool(due.any()):
+                return None
         position, metric = pages.side_by_side(slots, "metric")
         coming = position.amax((1, 2))[:, None, None] + 1
         evictable = (position >= self.sink) & (position <= coming - self.protected_window)
+        excess = excess.to(position.device)
         keep = pages.free(metric, position >= 0, evictable, excess, self.page)
         return pages.apart(keep, slots)
 
-    def excess(
-        self, slots: Sequence[Slots], limits: Sequence[Tensor], slack: int | None = 0
-    ) -> Tensor:
-        """int64 `[b]`: pages that each row is to give up."""
-        device = limits[0].device
-        count = torch.cat([held.count.to(device) for held in slots], 1)
+    def excess(self, slots: Sequence[Slots], limits: Tensor, target: Tensor) -> Tensor:
+        """int64 `[b]` on the CPU: pages that each row is to give up; limits as in `choose_all`."""
+        count = torch.cat([held.tally for held in slots], 1)
         heads, taken = count.shape[1], pages.count_pages(count, self.page).sum(1)
         if self.rate is not None:
-            window = self.peak(self.protected_window)
-            newest = [held.position.amax((1, 2)).to(device) for held in slots]
-            older = torch.stack(newest).amax(0).long() + 2 - window  # the coming token included
-            target = ((older * heads).double() * self.rate).ceil().long() + window * heads
-            surplus = (count.sum(1) - target).clamp_min(0)
+            window = self._whole(self.protected_window)
+            older = _seen(slots) + 1 - window  # the coming token included
+            wanted = ((older * heads).double() * self.rate).ceil().long() + window * heads
+            surplus = (count.sum(1) - wanted).clamp_min(0)
             return torch.where(older > 0, pages.count_pages(surplus, self.page), 0)
-        total = torch.cat([limit.to(device) for limit in limits], 1).sum(1)
-        over = taken > total // self.page
-        if slack is None and bool(over.any()):
-            spare = [self.slack(limit) for limit in (total // heads).tolist()]
-            total = total - torch.tensor(spare, device=device) * heads
-        elif slack:
-            total = total - slack * heads
-        return torch.where(over, taken - total.clamp_min(0) // self.page, 0)
+        over = taken > limits.sum((0, 2)) // self.page
+        return torch.where(over, taken - target.sum((0, 2)).clamp_min(0) // self.page, 0)
+
+
+def _seen(slots: Sequence[Slots]) -> Tensor:
+    """int64 `[b]` on the CPU: tokens each row has seen; heads may have dropped the newest."""
+    if (last := slots[0].last) is not None:
+        return torch.full((slots[0].batch,), last + 1)
+    return torch.stack([held.position.amax((1, 2)).cpu() for held in slots]).amax(0).long() + 1

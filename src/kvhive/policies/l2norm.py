@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
-from kvhive.policies._parts.selection import joint_ranks, keep_top, lengths, recent
+from kvhive.kernels import Held, Needs
+from kvhive.policies._parts.selection import joint_ranks, lengths, recent
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
 from kvhive.policies.full import Full
-from kvhive.slots import Column, Slots
+from kvhive.policies.sizing import Sizing
+from kvhive.slots import Slots
 
 ROUNDING = 5e-7  # norms this close, relatively, are equal: a few roundings of float32
 
@@ -26,11 +26,11 @@ class L2Norm(Policy):
     Layers in `skip_layers` keep everything and do not count towards the budget.
 
     Source: Devoto et al. 2024, arXiv:2406.11430; `l2_compress` of the authors' code, `KnormPress`
-    of kvpress. State: float32 norm per slot, measured when something must go.
+    of kvpress. State: none.
     """
 
     source: ClassVar[str] = "arXiv:2406.11430"
-    cost: ClassVar[str] = "reads the keys once an eviction, no attention scores; 4 bytes a slot"
+    cost: ClassVar[str] = "reads the keys once an eviction, no attention scores"
 
     skip_layers: tuple[int, ...] = knob(
         (), "layers left whole, counted from 0; the authors leave out [0, 1]"
@@ -48,24 +48,15 @@ class L2Norm(Policy):
 
     @property
     def needs(self) -> Needs:
-        """The keys."""
-        return Needs(keys=True)
+        """The keys, when something must go."""
+        return Needs(score_keys=True)
 
     @property
-    def columns(self) -> Mapping[str, Column]:
-        """The norm of the slot's key at the last eviction."""
-        return {"norm": Column()}
+    def sizing(self) -> Sizing:
+        """The window and one more token; decoding evicts only with `decode="stream"`."""
+        return Sizing(least=self.recent + 1, decoding=self.decode == "stream")
 
-    @property
-    def least_budget(self) -> int:
-        """The window and one more token."""
-        return self.recent + 1
-
-    def acts(self, decoding: bool) -> bool:
-        """In decoding only with `decode="stream"`."""
-        return not decoding or self.decode == "stream"
-
-    def for_layer(self, layer: int, layers: int) -> Policy:
+    def for_layer(self, layer: int, layers: int, tokens: int | None) -> Policy:
         """Everything in the layers to skip.
 
         Raises `ValueError` when one of them does not exist.
@@ -77,14 +68,11 @@ class L2Norm(Policy):
             )
         return Full() if layer in self.skip_layers else self
 
-    def weigh(self, slots: Slots, held: Observed) -> None:
-        """Measure the keys."""
-        assert held.keys is not None
-        slots["norm"].copy_(lengths(held.keys))
-
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """The shortest keys, and the window if there is to be one."""
-        window = recent(slots, self.recent)
+    def score(self, slots: Slots, held: Held) -> Tensor:
+        """Minus the rank of the key's length, of all slots."""
         # In the first layer all keys of a word have one length, but for rounding.
-        length = joint_ranks(slots["norm"], ROUNDING)
-        return window | keep_top(-length, slots.valid & ~window, budget - self.recent)
+        return -joint_ranks(lengths(held.keys), ROUNDING).float()
+
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The window, if there is to be one."""
+        return recent(slots, self.recent)

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvhive.policies._parts.selection import keep_top, recent, sinks
+from kvhive.kernels import Held
+from kvhive.policies._parts.selection import recent, sinks
 from kvhive.policies.base import POLICIES, Policy, at_least, knob
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 
 LARGEST_SEED = 2**31 - 1
@@ -43,23 +45,20 @@ class Random(Policy):
             raise ValueError(f"random: seed must lie in 0..{LARGEST_SEED}, got {self.seed}")
 
     @property
-    def least_budget(self) -> int:
+    def sizing(self) -> Sizing:
         """Sinks, window and one more token."""
-        return self.sink + self.recent + 1
+        return Sizing(least=self.sink + self.recent + 1)
 
-    def for_layer(self, layer: int, layers: int) -> Random:
+    def for_layer(self, layer: int, layers: int, tokens: int | None) -> Random:
         """A draw of its own."""
         return replace(self, seed=(self.seed + 1_000_003 * layer) % (LARGEST_SEED + 1))
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """Sinks, window, and the highest lots of the rest."""
-        always = sinks(slots, self.sink) | recent(slots, self.recent)
-        return always | keep_top(
-            self._lots(slots), slots.valid & ~always, budget - self.sink - self.recent
-        )
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """Sinks and window."""
+        return sinks(slots, self.sink) | recent(slots, self.recent)
 
-    def _lots(self, slots: Slots) -> Tensor:
-        """float32 `[b, K, n]`: whole numbers below 2^24, a hash of seed, head and position."""
+    def score(self, slots: Slots, held: Held) -> Tensor:
+        """Lots: whole numbers below 2^24, a hash of seed, head and position."""
         head = torch.arange(slots.heads, device=slots.position.device)[:, None]
         draw = _scramble(_scramble(torch.full_like(head, self.seed)) + head)
         return (_scramble(draw + slots.position.long()) >> 8).float()

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
-from kvhive.policies._parts.selection import grouped, keep_top, recent
+from kvhive.kernels import Held, Needs, Observed
+from kvhive.policies._parts.selection import grouped, new_tokens, recent
 from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
 
 
@@ -70,34 +71,40 @@ class SnapKV(Policy):
         return {"voters": torch.int32}
 
     @property
-    def least_budget(self) -> int:
-        """The window and one more token."""
-        return self.window + 1
-
-    def acts(self, decoding: bool) -> bool:
-        """In decoding only with `decode="rescore"`."""
-        return not decoding or self.decode == "rescore"
+    def sizing(self) -> Sizing:
+        """The window and one more token; decoding evicts only with `decode="rescore"`."""
+        return Sizing(least=self.window + 1, decoding=self.decode == "rescore")
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Add the votes of this step's last queries to the block, or begin a new one with them."""
         assert seen.rows is not None
-        rows = grouped(seen.rows, slots.heads)
+        voters, fresh = slots.counters["voters"], seen.rows.count
+        voted = new_tokens(slots, fresh).int() if slots.holes else fresh
+        if self._may_be_full(slots, fresh):
+            self._begin_block(slots, voters + voted > self.window)
+        for block in seen.rows:
+            self._add(slots, grouped(block, slots.heads))
+        voters.add_(voted)
+
+    def _may_be_full(self, slots: Slots, fresh: int) -> bool:
+        """Whether so many voters more may begin a block; known exactly where all rows agree."""
+        if slots.last is None:
+            slots.notes.pop("voters", None)
+            return True
+        voters = slots.notes.get("voters", 0) + fresh
+        full = voters > self.window
+        slots.notes["voters"] = fresh if full else voters
+        return full
+
+    def _add(self, slots: Slots, rows: Tensor) -> None:
+        """Add rows `[b, K, G, r, n]` to the votes."""
         if self.group_reduce == "max":  # of sums only, so that every query head counts for itself
             for column in self.columns:
                 slots.reshape(column, rows.shape[2:3])
-        voters = slots.counters["voters"]
-        fresh: Tensor | int = rows.shape[3]
-        if slots.holes:  # rows of padding are zero
-            fresh = (seen.rows[:, 0].sum(-1) > 0).sum(-1, keepdim=True).int()
-        if int(voters.amax()) + rows.shape[3] > self.window:
-            self._begin_block(slots, voters + fresh > self.window)
-        votes = slots["votes"]
-        if self.group_reduce == "max":
-            votes.add_(rows.sum(3).transpose(-1, -2))
+            slots["votes"].add_(rows.sum(3).transpose(-1, -2))
         else:
             weight = 1.0 / rows.shape[2] if self.group_reduce == "mean" else 1.0
-            votes.add_(rows.sum((2, 3)), alpha=weight)
-        voters.add_(fresh)
+            slots["votes"].add_(rows.sum((2, 3)), alpha=weight)
 
     def _begin_block(self, slots: Slots, full: Tensor) -> None:
         """Where the current block is full (bool `[b, K]`) it becomes the block before."""
@@ -107,8 +114,9 @@ class SnapKV(Policy):
         votes.masked_fill_(over, 0.0)
         slots.counters["voters"].masked_fill_(full, 0)
 
-    def score(self, slots: Slots, past: Tensor) -> Tensor:
-        """float32 `[b, K, n]`: smoothed votes of the slots in `past` (bool), the candidates."""
+    def score(self, slots: Slots, held: Held) -> Tensor:
+        """Smoothed votes; those of the window count for nothing, also among its neighbours."""
+        past = slots.valid & ~recent(slots, self.window)
         # The block before counts by the share of it that the last `window` queries still cover.
         share = (1.0 - slots.counters["voters"] / self.window)[..., None]
         votes, before = slots["votes"], slots["before"]
@@ -123,9 +131,6 @@ class SnapKV(Policy):
         )
         return smooth
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """The window, and the best of what came before it."""
-        size = budget.clamp_max(self.window)
-        window = recent(slots, size)
-        past = slots.valid & ~window
-        return window | keep_top(self.score(slots, past), past, budget - size)
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The window."""
+        return recent(slots, budget.clamp_max(self.window))

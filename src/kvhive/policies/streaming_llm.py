@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvhive.policies._parts.selection import recent, sinks
 from kvhive.policies.base import POLICIES, Policy, Positions, knob
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 
 
@@ -34,10 +35,10 @@ class StreamingLLM(Policy):
             raise ValueError(f"streaming_llm: sink must be at least 0, got {self.sink}")
 
     @property
-    def least_budget(self) -> int:
+    def sizing(self) -> Sizing:
         """The sinks and one recent token."""
-        return self.sink + 1
+        return Sizing(least=self.sink + 1)
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """Sinks and window."""
         return sinks(slots, self.sink) | recent(slots, budget - self.sink)

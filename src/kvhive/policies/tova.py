@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
-from kvhive.policies._parts.selection import grouped, keep_top, layer_mean, recent
+from kvhive.kernels import Held, Needs, Observed
+from kvhive.policies._parts.selection import grouped, layer_mean, recent
 from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
 
 LAST_ROW = Needs(last_rows=1)
@@ -31,6 +32,8 @@ class Tova(Policy):
 
     source: ClassVar[str] = "arXiv:2401.06104"
     cost: ClassVar[str] = "attention of the last query; 4 bytes a slot"
+    granularity: ClassVar[Literal["head", "layer", "model"]] = "layer"
+    ties: ClassVar[Literal["older", "newer"]] = "newer"
 
     protect_last: bool = knob(False, "never drop the newest token, as kvpress does")
 
@@ -45,23 +48,24 @@ class Tova(Policy):
         return {"attention": Column()}
 
     @property
-    def least_budget(self) -> int:
+    def sizing(self) -> Sizing:
         """One token, beside the newest if that is protected."""
-        return 1 + self.protect_last
+        return Sizing(least=1 + self.protect_last)
 
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Only the newest query counts; a padded one does not."""
         assert seen.rows is not None
-        row = seen.rows[:, :, -1]
+        row = seen.rows.all()[:, :, -1]
         given, column = grouped(row, slots.heads).mean(2), slots["attention"]
         if slots.holes:
             voted = row[:, :1].sum(-1, keepdim=True) > 0
             given = torch.where(voted, given, column)
         column.copy_(given)
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
-        """The most attended tokens of the layer."""
-        size = int(self.protect_last)
-        last = recent(slots, size)
-        score = layer_mean(slots["attention"], slots.position)
-        return last | keep_top(score, slots.valid & ~last, budget - size, newer_first=True)
+    def score(self, slots: Slots, held: Held) -> Tensor:
+        """The last query's attention, averaged over the layer."""
+        return layer_mean(slots["attention"], slots.position)
+
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """The newest token, if it is to be."""
+        return recent(slots, int(self.protect_last))

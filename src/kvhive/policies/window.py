@@ -25,6 +25,6 @@ class Window(Policy):
     cost: ClassVar[str] = "no scores; any attention kernel"
     positions: ClassVar[Positions] = "cache"
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """The last `budget` tokens of each head."""
         return recent(slots, budget)

@@ -1,7 +1,7 @@
 """The forms of storage, by name."""
 
 from kvhive.stores import dense
-from kvhive.stores.base import STORES, Store, StoreKind
+from kvhive.stores.base import STORES, LayerFacts, Store, StoreKind
 
-__all__ = ["STORES", "Store", "StoreKind"]
+__all__ = ["STORES", "LayerFacts", "Store", "StoreKind"]
 _BUILT_IN = (dense,)

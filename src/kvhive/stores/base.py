@@ -1,63 +1,67 @@
-"""What a store is: the way the tokens that survive are held in memory."""
+"""What a store is: the way the tokens that survive are held in memory, and attended to."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from kvhive.kernels import Ask, Observed
+from kvhive.plan import Plan
 from kvhive.registry import Registry
 
 
 class Store(ABC):
-    """The storage of one layer: `length` slots of keys and values, compacted and moved together."""
+    """The storage of one layer: `length` slots of keys and values, under the indices of its
+    `Slots`.
+
+    A store may hold them in several segments (packed and exact, thin and whole); nothing outside it
+    needs keys in full precision, except through `view` for policies that score them.
+    """
 
     length: int
 
     @property
     @abstractmethod
-    def capacity(self) -> int:
+    def room(self) -> int:
         """Slots there is room for."""
 
-    @property
     @abstractmethod
-    def keys(self) -> Tensor:
-        """`[b, K, length, d]` as the kernel reads them."""
+    def append(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """Add q tokens, keys `[b, K, q, d]` and values `[b, K, q, e]`; make room for `room` slots.
 
-    @property
-    @abstractmethod
-    def values(self) -> Tensor:
-        """`[b, K, length, e]` as the kernel reads them."""
-
-    @abstractmethod
-    def read(self, slots: int) -> tuple[Tensor, Tensor]:
-        """The first `slots` keys and values, `length <= slots <= capacity`: what is behind is
-        spare.
+        The old tokens are copied only where there was too little room.
         """
 
-    @property
     @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of every tensor held, metadata and spare room included."""
+    def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
+        """Attention of `[b, H, q, d]` to everything held, whose last q slots are the queries' own.
 
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Add q tokens and make room for `capacity` slots."""
-
-    @abstractmethod
-    def compact(self, index: Tensor, capacity: int) -> None:
-        """Keep the slots at `index` int64 `[b, K, k]` (-1: an empty slot), drop all others."""
-
-    @abstractmethod
-    def merge(self, into: Tensor) -> None:
-        """Fold slots into others: `into` int64 `[b, K, n]` names each one's target, -1 for none.
-
-        A target's key and value become the plain mean of its own and all folded into it, summed in
-        float32. Called right before the `compact` that drops what was folded.
+        Returns the output `[b, H, q, e]` and what `ask.needs` wants to know.
         """
+
+    @abstractmethod
+    def report(self, query: Tensor, ask: Ask) -> Observed:
+        """What `attend` would report, without the output."""
+
+    @abstractmethod
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys `[b, K, length, d]` and values `[b, K, length, e]` in the model's dtype."""
+
+    @abstractmethod
+    def compact(self, plan: Plan, room: int) -> None:
+        """Fold and keep what the plan says, drop all else; make room for `room` slots."""
+
+    @abstractmethod
+    def take_keys(self, slots: Tensor) -> Tensor:
+        """Keys `[N, d]` of the slots marked in bool `[b, K, length]`, row by row, head by head."""
+
+    @abstractmethod
+    def put_keys(self, slots: Tensor, keys: Tensor) -> None:
+        """The reverse of `take_keys`: replace them."""
 
     @abstractmethod
     def truncate(self, length: int) -> None:
@@ -65,21 +69,30 @@ class Store(ABC):
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
-        """Re-index the batch: row i becomes what row `rows[i]` was."""
+        """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
 
+    @property
     @abstractmethod
-    def to(self, device: torch.device | str) -> None:
-        """Move everything held to `device`."""
+    def nbytes(self) -> int:
+        """Bytes of every tensor held, metadata and spare room included."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """A layer's place among the compressed layers, and how many there are."""
+
+    place: int = 0
+    layers: int = 1
 
 
 @dataclass(frozen=True)
 class StoreKind:
-    """Base of all stores' settings: frozen fields are knobs, `new()` makes one layer's storage."""
+    """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage."""
 
     name: ClassVar[str]
 
-    def new(self) -> Store:
-        """An empty store for one layer."""
+    def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
+        """An empty store for one layer. earlier: those of the layers before it."""
         raise TypeError(f"{type(self).__name__} does not make a store")
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvhive.slots import take, widen
-from kvhive.stores.base import STORES, Store, StoreKind
+from kvhive.kernels import Ask, Observed, attend, report
+from kvhive.memory import take, widen
+from kvhive.plan import Plan
+from kvhive.stores.base import STORES, LayerFacts, Store, StoreKind
 from kvhive.stores.merging import fold
 
 
 class DenseStore(Store):
-    """Keys `[b, K, capacity, d]` and values `[b, K, capacity, e]` in the model's dtype.
+    """Keys `[b, K, room, d]` and values `[b, K, room, e]` in the model's dtype.
 
     On a GPU a prompt is taken over without a copy. Decoding writes in place, and room grows by a
     fixed number of slots, so that neither a step nor the memory held depends on more than the
@@ -22,57 +25,64 @@ class DenseStore(Store):
 
     def __init__(self) -> None:
         self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._keys = torch.empty(0, 0, 0, 0)
+        self._values = torch.empty(0, 0, 0, 0)
 
     @property
-    def capacity(self) -> int:
+    def room(self) -> int:
         """Slots there is room for."""
-        return 0 if self._keys is None else self._keys.shape[2]
+        return self._keys.shape[2]
 
     @property
     def keys(self) -> Tensor:
         """`[b, K, length, d]`, a view of the slots in use."""
-        assert self._keys is not None
-        return self._keys[:, :, : self.length]
+        return self._keys.narrow(2, 0, self.length)
 
     @property
     def values(self) -> Tensor:
         """`[b, K, length, e]`, a view of the slots in use."""
-        assert self._values is not None
-        return self._values[:, :, : self.length]
+        return self._values.narrow(2, 0, self.length)
 
-    def read(self, slots: int) -> tuple[Tensor, Tensor]:
-        """Views of the first `slots` keys and values, spare room included."""
-        assert self._keys is not None and self._values is not None
-        return self._keys[:, :, :slots], self._values[:, :, :slots]
+    def append(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """Add q tokens, with room for `room` slots; they take the dtype of what is held."""
+        first, fresh = self.length, keys.shape[2]
+        self.length = first + fresh
+        if first == 0:
+            self._keys, self._values = _adopt(keys, room), _adopt(values, room)
+            return
+        if self.length > self.room:
+            self._keys = widen(self._keys, first, room)
+            self._values = widen(self._values, first, room)
+        self._keys.narrow(2, first, fresh).copy_(keys)
+        self._values.narrow(2, first, fresh).copy_(values)
 
-    def append(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Add q tokens, keys `[b, K, q, d]` and values `[b, K, q, e]`, with room for `capacity`
-        slots.
-        """
-        first, last = self.length, self.length + keys.shape[2]
-        if self._keys is None or self._values is None or self.length == 0:
-            self._keys, self._values = _adopt(keys, capacity), _adopt(values, capacity)
-        else:
-            if capacity != self.capacity:
-                self._keys = widen(self._keys, first, capacity)
-                self._values = widen(self._values, first, capacity)
-            self._keys[:, :, first:last] = keys
-            self._values[:, :, first:last] = values
-        self.length = last
+    def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
+        """One segment, and the kernel that suits the step."""
+        return attend(query, self.keys, self.values, ask)
 
-    def compact(self, index: Tensor, capacity: int) -> None:
-        """Keep the slots at `index` int64 `[b, K, k]` (-1: an empty slot), drop all others."""
-        assert self._keys is not None and self._values is not None
-        source = index.clamp_min(0)
-        self._keys = take(self._keys, source, capacity)
-        self._values = take(self._values, source, capacity)
-        self.length = index.shape[-1]
+    def report(self, query: Tensor, ask: Ask) -> Observed:
+        """What `attend` would report."""
+        return report(query, self.keys, ask)
 
-    def merge(self, into: Tensor) -> None:
-        """Fold slots into others (`into` int64 `[b, K, n]`, -1 for none) by plain means."""
-        self._keys, self._values = fold(self.keys, into), fold(self.values, into)
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are."""
+        return self.keys, self.values
+
+    def compact(self, plan: Plan, room: int) -> None:
+        """Fold by plain means, then gather."""
+        if plan.into is not None:
+            self._keys, self._values = fold(self.keys, plan.into), fold(self.values, plan.into)
+        self._keys = take(self._keys, plan.index, room)
+        self._values = take(self._values, plan.index, room)
+        self.length = plan.longest
+
+    def take_keys(self, slots: Tensor) -> Tensor:
+        """Keys `[N, d]` of the slots marked."""
+        return self.keys[slots]
+
+    def put_keys(self, slots: Tensor, keys: Tensor) -> None:
+        """Replace the keys of the slots marked."""
+        self.keys[slots] = keys
 
     def truncate(self, length: int) -> None:
         """Forget the newest slots beyond `length`."""
@@ -80,33 +90,24 @@ class DenseStore(Store):
 
     def select_rows(self, rows: Tensor) -> None:
         """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
-        assert self._keys is not None and self._values is not None
         self._keys = self._keys.index_select(0, rows)
         self._values = self._values.index_select(0, rows)
-
-    def to(self, device: torch.device | str) -> None:
-        """Move everything held to `device`."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.to(device)
-            self._values = self._values.to(device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, spare room included."""
-        if self._keys is None or self._values is None:
-            return 0
         return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
 
 
-def _adopt(tensor: Tensor, capacity: int) -> Tensor:
+def _adopt(tensor: Tensor, room: int) -> Tensor:
     """Take a fresh tensor over as it is, unless room is wanted or it pins a larger buffer.
 
     On CPU it is copied into pages of its own (see `memory`): the heap it came from stays small.
     """
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    if capacity == tensor.shape[2] and alone and tensor.device.type != "cpu":
+    if room == tensor.shape[2] and alone and tensor.device.type != "cpu":
         return tensor
-    return widen(tensor, tensor.shape[2], capacity)
+    return widen(tensor, tensor.shape[2], room)
 
 
 @STORES.register("dense")
@@ -114,6 +115,6 @@ def _adopt(tensor: Tensor, capacity: int) -> Tensor:
 class Dense(StoreKind):
     """Keys and values in the model's own dtype."""
 
-    def new(self) -> DenseStore:
+    def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> DenseStore:
         """An empty dense store."""
         return DenseStore()

@@ -7,14 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvhive.budget import Budget
 from kvhive.cache.layer import HiveLayer
 from kvhive.policies.cascading import Cascading
 from kvhive.rope import Rotation
-from kvhive.stores.dense import Dense
 
 from ..cases import Case
-from ..playing import require
+from ..playing import make_layer, require
 
 
 def replay(case: Case) -> None:
@@ -24,15 +22,8 @@ def replay(case: Case) -> None:
     width = params["head_dim"]
     frequencies = params["rope_theta"] ** (-torch.arange(0, width, 2).double() / width)
     rotation = Rotation(frequencies)
-    implied = policy.implied_budget
-    layer = HiveLayer(
-        policy,
-        None if implied is None else Budget(tokens=implied),
-        Dense(),
-        spread=lambda budget, heads: torch.full((heads,), budget),
-        rotation=None if params["original_rope_positions"] else rotation,
-        slack=0,
-    )
+    turning = None if params["original_rope_positions"] else rotation
+    layer = make_layer(policy, policy.sizing.implied, turning)
     tokens = torch.arange(tensors["k"].shape[1])
     query, keys = (rotation.rotate(tensors[x][None], tokens, len(tokens)) for x in "qk")
     start = 0

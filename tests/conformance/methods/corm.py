@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
-from kvhive.cache.layer import HiveLayer
 from kvhive.policies.corm import Corm
-from kvhive.stores.dense import Dense
 
 from ..cases import Case
-from ..playing import Player, play, require
+from ..playing import Player, make_layer, play, require
 
 
 def replay(case: Case) -> None:
@@ -21,10 +17,7 @@ def replay(case: Case) -> None:
         threshold=params["threshold"],
         cap=params["cap"],
     )
-    layer = HiveLayer(
-        policy, None, Dense(), spread=lambda budget, heads: torch.full((heads,), budget)
-    )
-    player = Player.of(case, layer)
+    player = Player.of(case, make_layer(policy, None, slack=None))
     for step in play(case, player):
         recorded = case.tensor("mask", step)
         require(recorded is not None, f"step {step}: nothing is recorded under 'mask'")

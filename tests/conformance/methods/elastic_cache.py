@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvhive.cache.layer import HiveLayer
+from kvhive.plan import Plan
 from kvhive.policies.elastic import Elastic
-from kvhive.slots import packed_index
-from kvhive.stores.dense import Dense
 
 from ..cases import Case
-from ..playing import require
+from ..playing import make_layer, require
 
 TOLERANCE = 1e-6
 
@@ -39,13 +37,7 @@ class Stream:
     def __init__(self, case: Case, layer: int, drop_ratio: float) -> None:
         params = case.params
         policy = Elastic(start=params["start"], distance=params["distance"], drop_ratio=drop_ratio)
-        self.layer = HiveLayer(
-            policy,
-            None,
-            Dense(),
-            spread=lambda budget, heads: torch.full((heads,), budget),
-            slack=0,
-        )
+        self.layer = make_layer(policy, None)
         self.case, self.index, self.prompt_length = case, layer, params["prompt"]
 
     def recorded(self, name: str) -> Tensor:
@@ -73,7 +65,7 @@ class Stream:
     @property
     def keys(self) -> Tensor:
         """`[kv_heads, n, D]` as held, without the unit vectors."""
-        return self.layer.store.keys[0, ..., self.prompt_length :]
+        return self.layer.store.view()[0][0, ..., self.prompt_length :]
 
     def same_kept(self, step: int) -> None:
         """All heads hold the slots recorded after so many generated tokens."""
@@ -85,7 +77,7 @@ class Stream:
 
     def same_content(self, when: str, step: int) -> None:
         """Keys and values are those recorded `when`."""
-        for name, ours in (("k", self.keys), ("v", self.layer.store.values[0])):
+        for name, ours in (("k", self.keys), ("v", self.layer.store.view()[1][0])):
             off = float((ours - self.recorded(f"{name}_{when}")).abs().max())
             where = f"step {step}, layer {self.index}"
             require(off <= TOLERANCE, f"{where}: {name}_{when} is off by up to {off:.2e}")
@@ -178,9 +170,9 @@ def replay_literal(case: Case, layer: int) -> None:
     if drops_at(case) is None:
         return
     literal = stream_of(case, layer)
-    literal.layer.frozen = True
+    literal.layer.progress.frozen = 1
     literal.prompt()
-    literal.layer.frozen = False
+    literal.layer.progress.frozen = 0
     adopt(literal, theirs.long())
     literal.layer.slots.counters["fixed"].fill_(case.facts["fixed_point"])
     require(drops_at(case) == case.facts["fixed_point"], f"{where}: the fixed slot differs")
@@ -193,8 +185,6 @@ def adopt(stream: Stream, positions: Tensor) -> None:
     layer = stream.layer
     keep = torch.zeros_like(layer.slots.valid)
     keep[..., positions] = True
-    index, _ = packed_index(keep)
-    layer.store.compact(index, len(positions))
-    layer.slots.compact(index, len(positions), holes=False)
+    layer.follow(Plan.keeping(keep))
     stream.keys.copy_(stream.recorded("k_after_prompt"))
-    layer.store.values[0].copy_(stream.recorded("v_after_prompt"))
+    layer.store.view()[1][0].copy_(stream.recorded("v_after_prompt"))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvhive.budget import Budget
-from kvhive.cache.layer import HiveLayer
-from kvhive.kernels import attend
+from kvhive.kernels import Ask, attend
+from kvhive.plan import Plan
 from kvhive.policies.kv_compress import KVCompress
-from kvhive.slots import Slots, packed_index
-from kvhive.stores.dense import Dense
+from kvhive.slots import Slots
+from kvhive.step import Step
 
 from ..cases import Case
-from ..playing import require
+from ..playing import make_layers, require
 
 TOLERANCE = 2e-6
 ROUNDING = 5e-7  # of float32 sums larger than 1, relative
@@ -75,7 +74,7 @@ class Events:
         slots = Slots(1, heads, policy.columns, policy.counters, torch.device("cpu"))
         if event == 0:
             return slots
-        slots.append(0, self.seen, self.seen)
+        slots.append(Step.plain(0, self.seen), self.seen)
         slots["metric"].copy_(tensors["metrics"][event - 1, layer, :, : self.seen].nan_to_num(0.0))
         keep = torch.zeros(1, heads, self.seen, dtype=torch.bool)
         for head in range(heads):
@@ -89,15 +88,17 @@ class Events:
         """A prompt or a generated token: every layer attends and counts its votes."""
         params, tensors, start = self.case.params, self.case.tensors, self.seen
         for layer, held in enumerate(slots):
-            held.append(start, fresh, held.length + fresh)
+            step = Step.plain(start, fresh)
+            held.append(step, held.length + fresh)
             index = held.position.long().clamp_min(0)[..., None]
             keys = tensors["k"][layer][None].gather(2, index.expand(-1, -1, -1, params["head_dim"]))
             query = tensors["q"][layer][None, :, start : start + fresh]
             scale = params["head_dim"] ** -0.5
-            _, seen = attend(query, keys, keys, scale, self.policy.needs, held.valid)
+            ask = Ask(step, scale, self.policy.needs, held.valid)
+            _, seen = attend(query, keys, keys, ask)
             if fresh > 1:
                 assert seen.rows is not None
-                votes = self.policy.votes(seen.rows, held, torch.tensor([True]))[0].T
+                votes = self.policy.votes(seen.rows.all(), held, torch.tensor([True]))[0].T
                 off = float((votes - tensors["prefill_metric"][layer]).abs().max())
                 where = f"event {event}, layer {layer}"
                 require(off <= TOLERANCE, f"{where}: prefill_metric is off by up to {off:.2e}")
@@ -109,12 +110,13 @@ class Events:
     def compress(self, event: int, slots: list[Slots], decoding: bool) -> None:
         """Pages asked for, and pages and tokens that each head gives up."""
         tensors, where = self.case.tensors, f"event {event}"
-        limit = torch.full((1, slots[0].heads), self.policy.peak(budget_of(self.case)))
-        limits, acts = [limit] * len(slots), self.policy.acts(decoding)
-        asked = int(self.policy.excess(slots, limits)) if acts else 0
+        sizing = self.policy.sizing
+        limits = torch.full((len(slots), 1, slots[0].heads), sizing.peak(budget_of(self.case)))
+        acts = sizing.decoding or not decoding
+        asked = int(self.policy.excess(slots, limits, limits)) if acts else 0
         recorded = int(tensors["evicted_blocks_requested"][event])
         require(asked == recorded, f"{where}: {asked} pages asked for, recorded {recorded}")
-        keeps = self.policy.select_all(slots, limits, 0, decoding) if acts else None
+        keeps = self.policy.choose_all(slots, limits, limits, decoding) if acts else None
         for layer, held in enumerate(slots):
             before = held.count[0]
             if keeps is not None:
@@ -158,7 +160,7 @@ class Events:
 def run_through(case: Case) -> None:
     """Whole layers, one after the other, from prompt to end or to the first tie."""
     params, tensors, events = case.params, case.tensors, case.facts["events"]
-    layers = make_layers(case)
+    layers = make_layers(policy_of(case), budget_of(case) or None, params["layers"])
     start, last = 0, len(events) - 1
     if not params["record_decoding_metrics"]:
         last = 1
@@ -185,29 +187,10 @@ def run_through(case: Case) -> None:
                 )
 
 
-def make_layers(case: Case) -> list[HiveLayer]:
-    """The layers of a model of which the last evicts for all, as in a cache."""
-    budget = Budget(tokens=budget_of(case)) if budget_of(case) else None
-    layers = [
-        HiveLayer(
-            policy_of(case),
-            budget,
-            Dense(),
-            spread=lambda tokens, heads: torch.full((heads,), tokens),
-            slack=0,
-        )
-        for _ in range(case.params["layers"])
-    ]
-    layers[-1].earlier = layers[:-1]
-    for layer in layers[:-1]:
-        layer.waits = True
-    return layers
-
-
 def compact(slots: Slots, keep: Tensor) -> None:
     """Drop all but `keep`."""
-    index, holes = packed_index(keep)
-    slots.compact(index, index.shape[-1], holes)
+    plan = Plan.keeping(keep)
+    slots.compact(plan, plan.longest)
 
 
 def kept(case: Case, event: int, layer: int, head: int) -> Tensor:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from kvhive.budget import Budget
 from kvhive.cache.layer import HiveLayer
 from kvhive.policies.l2norm import L2Norm
-from kvhive.stores.dense import Dense
 
 from ..cases import Case
-from ..playing import feed, require, same_heads
+from ..playing import feed, make_layer, require, same_heads
 
 
 def replay(case: Case) -> None:
@@ -32,14 +29,9 @@ def layer_of(case: Case, budget: int, index: int = 0, slack: int = 0) -> HiveLay
     """What layer `index` of a model gets; a layer that is left out has no budget."""
     skipped = tuple(case.params.get("skip_layers", ()))
     layers = max((index, *skipped)) + 1
-    policy = L2Norm(skip_layers=skipped).for_layer(index, layers)
-    return HiveLayer(
-        policy=policy,
-        budget=Budget(tokens=budget) if policy.takes_budget else None,
-        store=Dense(),
-        spread=lambda tokens, heads: torch.full((heads,), tokens),
-        slack=slack,
-    )
+    policy = L2Norm(skip_layers=skipped).for_layer(index, layers, budget)
+    alone = L2Norm() if isinstance(policy, L2Norm) else policy
+    return make_layer(alone, budget, slack=slack)
 
 
 def replay_press(case: Case) -> None:

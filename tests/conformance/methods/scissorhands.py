@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvhive.cache.layer import HiveLayer
 from kvhive.policies._parts.endorsement import endorse
 from kvhive.policies.scissorhands import Scissorhands
+from kvhive.policies.scissorhands_percentile import ScissorhandsPercentile
 from kvhive.slots import Slots
-from kvhive.stores.dense import Dense
+from kvhive.step import Step
 
 from ..cases import Case
 from ..playing import Player, make_layer, play, require, same_positions
@@ -40,8 +40,7 @@ def replay_paper(case: Case) -> None:
 def replay_released(case: Case) -> None:
     """Compare what every query of the prompt sees, its attention, its output, and what is left."""
     params, tensors = case.params, case.tensors
-    policy = Scissorhands(
-        variant="percentile",
+    policy = ScissorhandsPercentile(
         history=params["history_window"],
         recent=params["recent"],
         start=params["start"],
@@ -50,7 +49,7 @@ def replay_released(case: Case) -> None:
     query, keys, values = (tensors[name] for name in "qkv")
     batch, heads, tokens, width = keys.shape
     slots = Slots(batch, heads, policy.columns, policy.counters, keys.device)
-    slots.append(0, tokens, tokens)
+    slots.append(Step.plain(0, tokens), tokens)
     scale = width**-0.5
     rows = endorse(policy.rule, slots, slots["endorsed"], query, keys, scale)
     seen = torch.stack([*rows], 2)
@@ -67,7 +66,7 @@ def replay_released(case: Case) -> None:
     close(attention, tensors["attn"], "attn")
     output = attention @ values.repeat_interleave(group, 1)
     close(output.transpose(1, 2).flatten(2), tensors["out"], "out")
-    layer = HiveLayer(policy, None, Dense(), spread=lambda budget, count: torch.zeros(count))
+    layer = make_layer(policy, None)
     layer.update(keys, values)
     layer.attend(query, scale)
     same_survivors(case, layer.slots.position, logits)

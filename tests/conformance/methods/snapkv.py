@@ -65,8 +65,7 @@ def same_scores(case: Case, policy: SnapKV) -> None:
     recorded = case.tensors["scores"]
     layer = read(case, make_layer(policy, 10**6))
     older = layer.slots.length - policy.window
-    past = layer.slots.position < older
-    ours = policy.score(layer.slots, past)[0, :, :older]
+    ours = policy.score(layer.slots, layer.held())[0, :, :older]
     if "compression_ratio" in case.params:
         ours, recorded = ours / policy.window, recorded[:, :older]
         rule = int(layer.slots.length * (1 - case.params["compression_ratio"]))

@@ -26,7 +26,7 @@ def replay(case: Case) -> None:
 
 def replay_turns(case: Case, player: Player) -> None:
     """Room is made before a turn; inside it the reference does not evict, so neither may we."""
-    player.layer.frozen = True
+    player.layer.progress.frozen = 1
     for step, fresh in enumerate(case.lengths):
         request = case.at(step).get("space_request")
         if request is not None:

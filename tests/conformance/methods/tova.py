@@ -16,7 +16,7 @@ def replay(case: Case) -> None:
     player = Player.of(case, make_layer(Tova(), case.params["budget"]))
     for step in play(case, player):
         same_positions(case, step, player.kept)
-        newest = bool((player.kept == player.layer.seen - 1).any(-1).all())
+        newest = bool((player.kept == player.layer.get_seq_length() - 1).any(-1).all())
         recorded = case.at(step).get("newest_kept", newest)
         require(newest == recorded, f"step {step}: newest token kept: {newest}, not {recorded}")
 

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from kvhive.policies._parts.regions import Regions
 from kvhive.slots import Slots
-
-
-class Regions(NamedTuple):
-    """A head's budget by region, int64 `[b, K]` each: sinks, room for sample and fresh, window."""
-
-    sink: Tensor
-    room: Tensor
-    window: Tensor
-
-    @property
-    def budget(self) -> Tensor:
-        """Their sum."""
-        return self.sink + self.room + self.window
 
 
 def choose(

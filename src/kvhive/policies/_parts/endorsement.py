@@ -9,6 +9,7 @@ later queries need to know, so that a query costs O(n), however long the history
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,10 @@ class Rule:
     def rank(self, length: Tensor) -> Tensor:
         """int64: place, in an ascending row of `length` probabilities, of the one to exceed."""
         return ((1 - self.keep_fraction) * length + 1e-9).floor().long()
+
+    def rank_of(self, length: int) -> int:
+        """The same for one length."""
+        return math.floor((1 - self.keep_fraction) * length + 1e-9)
 
 
 def endorse(
@@ -92,12 +97,13 @@ def _weights(query: Tensor, keys: Tensor, scale: float, causal: Tensor) -> Tenso
 def _threshold(rule: Rule, slots: Slots, weights: Tensor) -> Tensor:
     """float32 `[b, K, G, r, 1]`: what to exceed; in its rank, keys to come count as zeros."""
     to_come = slots.length - weights.shape[-1]
+    if not slots.holes:
+        least = min(rule.rank_of(slots.length), slots.length - 1) - to_come
+        if least < 0:
+            return torch.zeros_like(weights[..., :1])
+        return weights.kthvalue(least + 1, -1, keepdim=True).values
     empty = slots.length - slots.count
     place = (rule.rank(slots.count) + empty).clamp_max(slots.length - 1) - to_come
-    if bool((place < 0).all()):
-        return torch.zeros_like(weights[..., :1])
-    if bool((place == place[:1, :1]).all()):
-        return weights.kthvalue(int(place[0, 0]) + 1, -1, keepdim=True).values
     place = place[:, :, None, None, None].expand(*weights.shape[:-1], 1)
     ranked = weights.sort(-1).values.gather(-1, place.clamp_min(0))
     return ranked.masked_fill(place < 0, 0.0)

@@ -1,0 +1,207 @@
+"""Eviction: when a layer must give tokens up, and what stays. Limits and a policy make a plan.
+
+When is known from lengths alone, without asking the device: `Slots.tally` and `Limits` are on the
+CPU, and what is left before a limit is counted down from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvhive.cache.limits import Limits
+from kvhive.kernels import Held
+from kvhive.plan import Plan
+from kvhive.policies import Choice, Policy
+from kvhive.slots import Slots
+
+ALWAYS_KEPT = float("inf")
+
+
+@dataclass(eq=False)
+class Eviction:
+    """Keeps one layer within its limits. layer: its place among the compressed layers."""
+
+    policy: Policy
+    limits: Limits
+    layer: int
+
+    def __post_init__(self) -> None:
+        self._spare: int | None = None  # tokens a head that may come before one may be over
+        self._version = -1
+
+    @property
+    def together(self) -> bool:
+        """Whether the layers are evicted from together, once the last of them has attended."""
+        return self.policy.granularity == "model" or self.limits.allocation.compete == "model"
+
+    @property
+    def decoding(self) -> bool:
+        """Whether decoding evicts at all."""
+        return self.policy.sizing.decoding
+
+    def forget(self) -> None:
+        """What is held has changed otherwise than by decoding."""
+        self._spare = None
+
+    def due(self, slots: Slots, fresh: int) -> bool:
+        """Whether something may have to go after a step of `fresh` tokens. Asks no device."""
+        limits = self.limits.of(self.layer)
+        if limits is None:
+            return False
+        if self.together:
+            return True
+        if self._spare is None or self._version != self.limits.version:
+            self._spare, self._version = self._count(slots, limits), self.limits.version
+        else:
+            self._spare -= fresh
+        return self._spare < 0
+
+    def spares(self, slots: Slots) -> bool:
+        """Whether all that is held is within limits that decoding does not move."""
+        limits = self.limits.of(self.layer)
+        if limits is None or not self.decoding:
+            return True
+        return not (self.limits.moving or self.together) and self._count(slots, limits) >= 0
+
+    def _count(self, slots: Slots, limits: Tensor) -> int:
+        left = limits - slots.tally
+        if self.limits.allocation.compete == "none":
+            return int(left.min())
+        return int(left.sum(-1).min() // slots.heads)
+
+    def bound(self, growing: int) -> int | None:
+        """The most slots a head needs room for, `growing` at a time; None: nobody knows."""
+        limits = self.limits.of(self.layer)
+        unknown = self.together or self.limits.allocation.compete != "none"
+        if limits is None or unknown or self.limits.budget is None or not self.decoding:
+            return None
+        return int(limits.max()) + growing
+
+    def plan(self, slots: Slots, held: Held, decoding: bool, spare: int = 0) -> Plan | None:
+        """What stays, with room for `spare` more tokens; None when nothing has to go."""
+        self.forget()
+        if slots.holes:
+            slots.recount()
+        given = self.limits.of(self.layer)
+        if given is None:
+            return None
+        limits = self.limits.lowered(self.layer, given.expand_as(slots.tally), spare)
+        target = self.limits.target(self.layer, limits) if decoding else limits
+        if self.limits.allocation.compete == "none":
+            return cut(self.policy, slots, held, limits, target)
+        if not bool((slots.tally.sum(-1) > limits.sum(-1)).any()):
+            return None
+        score = self._score(slots, held)
+        on_device = [target.to(slots.device)]
+        ranked = [self._ranked(slots, score, on_device[0])]
+        shares = self.limits.allocation.at_eviction(ranked, on_device, self.limits.floor)[0]
+        return cut(self.policy, slots, held, shares.cpu(), shares.cpu(), score)
+
+    def _score(self, slots: Slots, held: Held) -> Tensor:
+        score = self.policy.score(slots, held)
+        if score is None:
+            raise ValueError(
+                f"{self.limits.allocation.name} shares by the scores of tokens, and "
+                f"{self.policy.name} has none; use a policy that scores, such as h2o or snapkv"
+            )
+        return score
+
+    def _ranked(self, slots: Slots, score: Tensor, budget: Tensor) -> Tensor:
+        """Scores for heads to compete by; what stays anyway counts as won."""
+        first = self.policy.protected(slots, budget)
+        ranked = score.float().masked_fill(first, ALWAYS_KEPT)
+        return ranked.masked_fill(~slots.valid, -ALWAYS_KEPT)
+
+
+def plan_together(
+    evictions: Sequence[Eviction],
+    slots: Sequence[Slots],
+    helds: Sequence[Held],
+    decoding: bool,
+    spare: int = 0,
+) -> list[Plan | None]:
+    """Plans for all layers of a cache that are evicted from together, in order."""
+    nothing: list[Plan | None] = [None] * len(slots)
+    first = evictions[0]
+    if first.limits.all is None:
+        return nothing
+    for one in slots:
+        if one.holes:
+            one.recount()
+    rows = [
+        eviction.limits.lowered(place, eviction.limits.all[place].expand_as(one.tally), spare)
+        for place, (eviction, one) in enumerate(zip(evictions, slots, strict=True))
+        if eviction.limits.all is not None
+    ]
+    limits = target = torch.stack(rows)
+    if decoding:
+        target = torch.stack([first.limits.target(place, row) for place, row in enumerate(rows)])
+    if first.policy.granularity == "model":
+        keeps = first.policy.choose_all(slots, limits, target, decoding)
+        if keeps is None:
+            return nothing
+        return [
+            _plan(one, Choice(keep.to(one.device)), None)
+            for one, keep in zip(slots, keeps, strict=True)
+        ]
+    tally = torch.stack([one.tally for one in slots])
+    if not bool((tally.sum((0, 2)) > limits.sum((0, 2))).any()):
+        return nothing
+    scores = [e._score(one, held) for e, one, held in zip(evictions, slots, helds, strict=True)]
+    on_device = [row.to(one.device) for row, one in zip(target, slots, strict=True)]
+    ranked = [
+        e._ranked(*part) for e, *part in zip(evictions, slots, scores, on_device, strict=True)
+    ]
+    shares = first.limits.allocation.at_eviction(ranked, on_device, first.limits.floor)
+    return [
+        cut(e.policy, one, held, share.cpu(), share.cpu(), score)
+        for e, one, held, share, score in zip(evictions, slots, helds, shares, scores, strict=True)
+    ]
+
+
+def cut(
+    policy: Policy,
+    slots: Slots,
+    held: Held,
+    limits: Tensor,
+    target: Tensor,
+    score: Tensor | None = None,
+) -> Plan | None:
+    """What a policy leaves: heads above their limit go down to the target, others stay as they are.
+
+    limits, target: int64 `[b, K]` on the CPU. score: where it is known. None when nothing goes.
+    """
+    over = slots.tally > limits
+    if not bool(over.any()):
+        return None
+    budget = torch.where(over, target, limits).to(slots.device)
+    if score is None:
+        score = policy.score(slots, held)
+    choice = policy.choose(slots, budget, score)
+    return _plan(slots, choice, None if bool(over.all()) else over.to(slots.device))
+
+
+def _plan(slots: Slots, choice: Choice, over: Tensor | None) -> Plan | None:
+    """The choice for the heads in `over` (bool `[b, K]`, None: all), the others left alone.
+
+    None when nothing goes; what the policy knows may change nevertheless.
+    """
+    keep, into = choice.keep, choice.into
+    columns, counters = dict(choice.columns), dict(choice.counters)
+    if over is not None:
+        keep = torch.where(over[..., None], keep, slots.valid)
+        into = None if into is None else into.masked_fill(~over[..., None], -1)
+        for name, column in columns.items():
+            wide = over.view(*over.shape, *[1] * (column.dim() - 2))
+            columns[name] = torch.where(wide, column, slots[name])
+        for name, counter in counters.items():
+            counters[name] = torch.where(over, counter, slots.counters[name])
+    plan = Plan.keeping(keep, into, columns, counters)
+    if into is None and torch.equal(plan.tally, slots.tally):
+        slots.adopt(plan)
+        return None
+    return plan

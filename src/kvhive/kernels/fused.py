@@ -1,0 +1,55 @@
+"""torch's own fused attention, for steps of which nothing has to be reported."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvhive.kernels.contracts import Ask
+
+MASK_BYTES = 1 << 26  # a mask of queries x slots larger than this is not built
+FEW = 640  # slots: above, two matrix products are faster on CPU in 16 bits than torch's kernel
+
+
+def fits(query: Tensor, keys: Tensor, ask: Ask) -> bool:
+    """Whether torch's kernel serves this step: with little memory, and fast."""
+    q, n = query.shape[2], keys.shape[2]
+    if q == 1:
+        on_cpu = keys.device.type == "cpu" and keys.dtype in (torch.bfloat16, torch.float16)
+        return not on_cpu or n <= FEW
+    if q == n or ask.valid is not None:
+        return ask.valid is None
+    return q * n <= MASK_BYTES
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> Tensor:
+    """The output `[b, H, q, e]` alone; shapes as `reference.attend`."""
+    if query.shape[2] == 1:
+        return _decode(query, keys, values, ask)
+    return _prompt(query, keys, values, ask)
+
+
+def _decode(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> Tensor:
+    """One query a row: those that share a KV head are the rows of one small prompt."""
+    batch, heads, _, width = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.view(batch, kv_heads, heads // kv_heads, width)
+    mask = None if ask.valid is None else ask.valid[:, :, None]
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=ask.scale)
+    out = out.view(batch, heads, 1, values.shape[-1])
+    return out if ask.step.real is None else out * ask.step.real[:, :, None, None]
+
+
+def _prompt(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> Tensor:
+    """Several queries a row, with tokens before them or without; no slot is empty."""
+    q, n = query.shape[2], keys.shape[2]
+    grouped = query.shape[1] != keys.shape[1]
+    if q == n:
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=ask.scale, enable_gqa=grouped
+        )
+    mask = torch.ones(q, n, dtype=torch.bool, device=query.device).tril_(n - q)
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=ask.scale, enable_gqa=grouped
+    )

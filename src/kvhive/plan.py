@@ -1,0 +1,67 @@
+"""Plan: what an eviction leaves, head by head; slots, store and positions all follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The outcome of one layer's eviction.
+
+    keep: bool `[b, K, n]`, which of the slots held now stay.
+    index: int64 `[b, K, longest]`, those slots, ascending, right-aligned: the last `count` entries
+    of a head name its slots, those before mean nothing (but are slots that exist).
+    count: int64 `[b, K]`, tokens that stay, on the slots' device; tally: the same on the CPU.
+    longest: the largest count.
+    into: int64 `[b, K, n]`, for each slot held now the slot whose key and value it is folded into
+    (their plain mean, summed in float32), -1 for none; None: nothing is folded.
+    columns `[b, K, n, ...]`, counters `[b, K]`: what the policy knows of the slots held now, where
+    the eviction changes that.
+    """
+
+    keep: Tensor
+    index: Tensor
+    count: Tensor
+    tally: Tensor
+    longest: int
+    into: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    counters: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def keeping(
+        cls,
+        keep: Tensor,
+        into: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        counters: Mapping[str, Tensor] | None = None,
+    ) -> Plan:
+        """From bool `[b, K, n]`. Asks the device for the counts, once."""
+        count = keep.sum(-1)
+        tally = count.cpu()
+        longest = int(tally.max())
+        if int(tally.min()) == longest:
+            index = keep.nonzero()[:, 2].view(*keep.shape[:2], longest)
+        else:
+            order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices
+            index = order[..., keep.shape[-1] - longest :]
+        return cls(keep, index, count, tally, longest, into, columns or {}, counters or {})
+
+    @cached_property
+    def holes(self) -> bool:
+        """Whether any head keeps fewer than the longest."""
+        return int(self.tally.min()) < self.longest
+
+    @property
+    def empty(self) -> Tensor | None:
+        """bool `[b, K, longest]`: entries of `index` that mean nothing; None: there are none."""
+        if not self.holes:
+            return None
+        place = torch.arange(self.longest, device=self.index.device)
+        return place < (self.longest - self.count)[..., None]
