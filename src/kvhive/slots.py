@@ -79,6 +79,11 @@ class Slots:
         return self._position.shape[0]
 
     @property
+    def room(self) -> int:
+        """Slots there is room for, or will be when something is written down."""
+        return self._room
+
+    @property
     def device(self) -> torch.device:
         """Where it all lies."""
         return self._position.device

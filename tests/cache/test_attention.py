@@ -58,7 +58,7 @@ def test_the_scale_is_the_usual_one_unless_given() -> None:
     query, keys, values = ours()
     layer = keys._kvhive_layer
     usual, _ = attention_forward(Attention(), query, keys, values, None)
-    assert layer.seen == layer.slots.length == 6
+    assert layer.get_seq_length() == layer.slots.length == 6
     expected = nn.functional.scaled_dot_product_attention(
         query, keys, values, is_causal=True, enable_gqa=True
     )

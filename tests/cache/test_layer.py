@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvhive.cache.budgeted import HEADROOM
+from kvhive.cache.layer import HEADROOM
 from kvhive.cache.layer import HANDLE, WAITING
 from kvhive.kernels import Needs, reference
 from tests.support import Feeder, make_layer
@@ -36,8 +36,8 @@ def test_a_step_is_computed_before_its_eviction(recipe: str) -> None:
     """The output over all tokens held and brought, as of the moment before anything goes."""
     layer = make_layer(recipe)
     for count in (50, 1, 12, 1):
-        held_keys = layer.store.keys if layer.seen else tokens(0)
-        held_values = layer.store.values if layer.seen else tokens(0)
+        held_keys = layer.store.keys if layer.get_seq_length() else tokens(0)
+        held_values = layer.store.values if layer.get_seq_length() else tokens(0)
         keys, values, query = tokens(count), tokens(count), tokens(count, heads=4)
         wide = torch.cat([held_keys, keys], 2), torch.cat([held_values, values], 2)
         expected, _ = reference.attend(query, *wide, 0.3, Needs())

@@ -14,16 +14,13 @@ VARIANTS = {
     "buzz": (
         "buzz(variant=no_max)",
         "buzz(variant=fast)",
-        "buzz(history=log)",
         "buzz(prefill=streamed)",
         "buzz(positions=original)",
     ),
     "cascading": ("cascading(levels=3, strides=[1, 3, 5], reduce=mean, eager_fill=false)",),
     "corm": ("corm(history=11, recent=7, threshold=cache)",),
-    "scissorhands": (
-        "scissorhands(history=20, recent=7, drop=5, threshold=cache)",
-        "scissorhands(variant=percentile, history=20, recent=7, start=30)",
-    ),
+    "scissorhands": ("scissorhands(history=20, recent=7, drop=5, threshold=cache)",),
+    "scissorhands_percentile": ("scissorhands_percentile(history=20, recent=7, start=30)",),
     "snapkv": ("snapkv(group_reduce=max, pooling=max)", "snapkv(decode=none)"),
 }
 ALWAYS_KEPT = {"sink": 3, "window": 7, "recent": 7}
@@ -34,10 +31,10 @@ def with_budget(budget: int | float) -> list[str]:
     recipes = []
     for name, policy in POLICIES.items():
         for spelled in (name, *VARIANTS.get(name, ())):
-            if not policy().takes_budget:
+            if not policy().sizing.budgeted:
                 recipes.append(spelled)
                 continue
-            least = Recipe.parse(f"{spelled}@100000").policy.least_budget
+            least = Recipe.parse(f"{spelled}@100000").policy.sizing.least
             wanted = max(budget, least) if isinstance(budget, int) else budget
             recipes.append(f"{spelled}@{wanted}")
     return recipes
@@ -64,8 +61,8 @@ def guarding(recipe: str) -> Recipe | None:
 
 def limit(policy: Policy, budget: int, decoded: int) -> int:
     """The most a head may hold `decoded` tokens after its last prompt."""
-    grown = 0 if policy.acts(decoding=True) else decoded
-    return policy.peak(budget) + grown
+    grown = 0 if policy.sizing.decoding else decoded
+    return policy.sizing.peak(budget) + grown
 
 
 def fullest(policy: Policy, kept: Tensor) -> float:
@@ -73,6 +70,6 @@ def fullest(policy: Policy, kept: Tensor) -> float:
 
     Where heads compete across the model, the budget bounds their mean.
     """
-    if policy.scope == "model":
+    if policy.granularity == "model":
         return float(kept.double().mean((0, 2)).max())
     return float(kept.max())

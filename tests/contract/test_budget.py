@@ -41,11 +41,12 @@ def allowed(recipe: Recipe, decoded: int, read: int) -> int | None:
     """The most a head may hold after a step, from the recipe alone; None for no limit."""
     policy, budget = recipe.policy, recipe.budget
     if budget is None:
-        return policy.own_limit(read + decoded)
+        alone = policy.sizing.alone
+        return None if alone is None else alone(read + decoded)
     if budget.share is None:
         assert budget.tokens is not None
         return limit(policy, budget.tokens, decoded)
-    return limit(policy, max(round(budget.share * read), FLOOR, policy.least_budget), decoded)
+    return limit(policy, max(round(budget.share * read), FLOOR, policy.sizing.least), decoded)
 
 
 @pytest.mark.parametrize("recipe", [*SMALL, *SHARES, *UNSLACKENED], ids=str)
@@ -63,7 +64,7 @@ def test_never_more_than_the_budget(recipe: str | Recipe) -> None:
             feeder.check()
     feeder.check()
     assert feeder.layer.get_mask_sizes(5) == (feeder.seen[0] + 5, 0)
-    assert feeder.layer.row_seen().tolist() == feeder.seen
+    assert feeder.layer.progress.row_seen(1).tolist() == feeder.seen
 
 
 @pytest.mark.parametrize("recipe", GUARDED, ids=str)

@@ -148,7 +148,7 @@ class Peeking(Policy):
 
     name = "peeking"
 
-    def select(self, slots: Slots, budget: Tensor) -> Tensor:
+    def select(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Tensor:
         asked = (slots.position[..., None] == BLACKBOARD[0][:, None, None]).any(-1)
         return keep_top(asked.float(), slots.valid, budget)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvhive.cache.budgeted import HEADROOM
+from kvhive.cache.layer import HEADROOM
 from kvhive.cache.hive_cache import HiveCache
 from tests.contract.recipes import LARGE_SHARES, SELECTIVE, SHARES, SMALL, fullest
 from tests.support import Feeder, kept_sets, random_ids, read
@@ -42,9 +42,9 @@ def test_a_frozen_cache_loses_nothing(model: PreTrainedModel, recipe: str) -> No
         assert kept_sets(cache) == [[head + added for head in layer] for layer in before]
     read(model, cache, random_ids(1, 1), 1)
     policy, budget = cache.recipe.policy, cache.recipe.budget
-    if budget is not None and policy.acts(decoding=True):
+    if budget is not None and policy.sizing.decoding:
         kept = cache.report().kept
-        assert fullest(policy, kept) <= policy.peak(budget.resolve(PROMPT, 1))
+        assert fullest(policy, kept) <= policy.sizing.peak(budget.resolve(PROMPT, 1))
     assert cache.get_seq_length() == PROMPT + 41
 
 
@@ -86,11 +86,11 @@ def test_room_can_be_made_ahead(recipe: str) -> None:
     feeder.step(PROMPT)
     policy, budget = feeder.layer.policy, feeder.recipe.budget
     assert budget is not None
-    most = policy.peak(budget.resolve(PROMPT, policy.least_budget))
-    turn = most - policy.least_budget
+    most = policy.sizing.peak(budget.resolve(PROMPT, policy.sizing.least))
+    turn = most - policy.sizing.least
     feeder.layer.make_room(turn)
     kept = feeder.layer.slots.count[None]
-    assert fullest(policy, kept) <= max(most - turn, policy.peak(policy.least_budget))
+    assert fullest(policy, kept) <= max(most - turn, policy.sizing.peak(policy.sizing.least))
     feeder.layer.make_room(10_000)
     feeder.step(40)
     feeder.step(1)
@@ -124,7 +124,8 @@ def test_the_bytes_reported_are_all_there_are(recipe: str, rows: int) -> None:
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in tensors(feeder.layer, set())
         }
-        assert feeder.layer.nbytes == sum(storages.values())
+        shared = feeder.layer.progress.nbytes
+        assert feeder.layer.nbytes + shared == sum(storages.values())
 
 
 @pytest.mark.parametrize("recipe", SELECTIVE)
@@ -133,13 +134,14 @@ def test_memory_shrinks_with_the_prompt(recipe: str) -> None:
     small.step(900)
     full.step(900)
     layer = small.layer
-    most = layer.policy.peak(layer.limits.budget.resolve(900, 1)) if layer.limits.budget else 900
+    budget = layer.progress.limits.budget
+    most = layer.policy.sizing.peak(budget.resolve(900, 1)) if budget else 900
     assert int(layer.slots.count.float().mean()) <= most
-    spare = layer.slots.capacity - layer.slots.length
+    spare = layer.slots.room - layer.slots.length
     assert 0 <= spare <= HEADROOM
-    assert layer.store.capacity == layer.slots.capacity
-    assert layer.store.nbytes <= full.layer.store.nbytes * layer.slots.capacity / 900
+    assert layer.store.room == layer.slots.room
+    assert layer.store.nbytes <= full.layer.store.nbytes * layer.store.room / 900
     assert layer.nbytes < full.layer.nbytes / 2
     for _ in range(60):
         small.step(1)
-    assert layer.slots.capacity - layer.slots.length <= HEADROOM
+    assert layer.store.room - layer.slots.length <= HEADROOM

@@ -51,7 +51,7 @@ def test_a_long_life(kind: type[Feeder], recipe: Recipe) -> None:
     outputs = torch.stack(together)
     assert bool(outputs.isfinite().all())
     assert torch.allclose(outputs[:, 1], torch.stack(singly), atol=1e-5)
-    assert batch.layer.row_seen().tolist() == [prompt + DECODED for prompt in PROMPTS]
+    assert batch.layer.progress.row_seen(2).tolist() == [prompt + DECODED for prompt in PROMPTS]
 
 
 def check_ends(feeder: Feeder) -> None:

@@ -155,6 +155,8 @@ def test_beams_run_within_the_budget(model: PreTrainedModel, recipe: str, padded
     assert report.kept.shape[1] == 6
     assert report.tokens_seen == 99
     budget = cache.recipe.budget
-    if budget is not None and cache.recipe.policy.acts(decoding=True):
+    if budget is not None and cache.recipe.policy.sizing.decoding:
         policy = cache.recipe.policy
-        assert fullest(policy, report.kept) <= policy.peak(budget.resolve(80, policy.least_budget))
+        assert fullest(policy, report.kept) <= policy.sizing.peak(
+            budget.resolve(80, policy.sizing.least)
+        )

@@ -22,10 +22,14 @@ def every_recipe() -> list[str]:
     forms = []
     for name, policy in POLICIES.items():
         example = policy()
-        if not example.takes_budget or example.implied_budget is not None or example.takes_own_size:
+        if (
+            not example.sizing.budgeted
+            or example.sizing.implied is not None
+            or example.takes_own_size
+        ):
             forms.append(name)
         else:
-            forms.append(f"{name}@{max(48, example.least_budget + 8)}")
+            forms.append(f"{name}@{max(48, example.sizing.least + 8)}")
     return forms
 
 

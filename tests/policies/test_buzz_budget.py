@@ -47,9 +47,9 @@ def test_a_budget_is_split_in_the_references_proportions(
 def test_every_budget_that_is_let_through_works(knobs: dict[str, Any], above: int) -> None:
     """From the least budget upwards: never over it, window and sinks kept, whatever is left out."""
     policy = Buzz(variant="no_max", **knobs)
-    implied = policy.implied_budget
-    budget = policy.least_budget + above if implied is None else implied
-    assert budget >= policy.least_budget
+    implied = policy.sizing.implied
+    budget = policy.sizing.least + above if implied is None else implied
+    assert budget >= policy.sizing.least
     rig = fed(Rig(policy, budget), [3 * budget, 1, 2 * budget, budget + 1])
     (held,) = rig.positions
     sink = knobs.get("sink", 4 if budget >= 32 or implied is not None else 1)
@@ -62,7 +62,7 @@ def test_every_budget_that_is_let_through_works(knobs: dict[str, Any], above: in
 def test_matching_the_mean_raises_the_peak() -> None:
     """Then it is the average while decoding that meets the budget."""
     policy = Buzz(variant="no_max", match="mean")
-    peak = policy.peak(410)
+    peak = policy.sizing.peak(410)
     assert peak == 564
     rig = fed(Rig(policy, peak), [2000] + [1] * 400)
     sizes = []
@@ -71,7 +71,7 @@ def test_matching_the_mean_raises_the_peak() -> None:
         sizes.append(rig.slots.length)
     assert max(sizes) == peak
     assert sum(sizes) / len(sizes) == pytest.approx(410, abs=4)
-    assert Buzz().peak(410) == 410
+    assert Buzz().sizing.peak(410) == 410
 
 
 @settings(max_examples=60, deadline=None)

@@ -94,7 +94,9 @@ def test_rows_of_a_padded_batch_are_as_alone(policy: Policy) -> None:
         out = feed(batch, rows, real if start == 0 else None)
         for row, layer in enumerate(alone):
             new = lengths[row] if start == 0 else 1
-            out_alone = feed(layer, [(texts[row], layer.seen, layer.seen + new)])
+            out_alone = feed(
+                layer, [(texts[row], layer.get_seq_length(), layer.get_seq_length() + new)]
+            )
             torch.testing.assert_close(out[row, :, -new:], out_alone[0], atol=1e-4, rtol=1e-4)
             held = batch.slots.position[row]
             assert held[held >= 0].tolist() == layer.slots.position[0].flatten().tolist()
@@ -140,7 +142,7 @@ def test_room_is_made_in_the_layer_too(history: Any) -> None:
     layer.make_room(5)
     assert int(layer.slots.count.max()) <= 15
     layer.make_room(50)
-    assert int(layer.slots.count.max()) <= layer.policy.least_budget - 1
+    assert int(layer.slots.count.max()) <= layer.policy.sizing.least - 1
     for head in layer.slots.position[0].tolist():
         assert head[:2] == [0, 1]
         assert head[-6:] == [14, 15, 16, 17, 18, 19]

@@ -32,7 +32,7 @@ def test_as_one_token_at_a_time(eager: bool, sink: int, places: int, number: int
     """Every level of every head after every step; scores are those of the moment."""
     policy = Cascading(levels=number, sink=sink, places=places, eager_fill=eager, beta=0.5)
     received = small_numbers(sink, len(STEPS), 2, sum(STEPS))
-    rig = Rig(policy, policy.implied_budget, received)
+    rig = Rig(policy, policy.sizing.implied, received)
     strides = [2**i for i in range(number)]
     last = number * places if eager else -1
     slow = [SlowCascade([places] * number, strides, last) for _ in range(2)]
@@ -188,9 +188,9 @@ def test_recipes() -> None:
     recipe = Recipe.parse("cascading(sink=4, places=8)")
     assert recipe.budget is not None
     assert recipe.budget.tokens == 36
-    assert Recipe.parse("cascading(places=100)").policy.implied_budget == 425
+    assert Recipe.parse("cascading(places=100)").policy.sizing.implied == 425
     assert Recipe.parse("cascading(sink=4, places=8, eager_fill=false)").budget is None
-    assert Recipe.parse("cascading(levels=2, strides=[1, 3])@90").policy.least_budget == 3
+    assert Recipe.parse("cascading(levels=2, strides=[1, 3])@90").policy.sizing.least == 3
     with pytest.raises(ValueError, match="cascading needs a budget"):
         Recipe.parse("cascading(sink=4)")
     with pytest.raises(ValueError, match="a budget of 67 is below 68"):

@@ -139,13 +139,13 @@ def test_a_group_of_equal_heads_is_one_head() -> None:
 @pytest.mark.parametrize(("seen", "window"), [(10, 16), (300, 18), (4096, 256), (100_000, 256)])
 def test_defaults_follow_the_tokens_seen(seen: int, window: int) -> None:
     """A sixteenth, within 16 and 256; nothing is dropped before as many queries."""
-    assert Corm().own_limit(seen) == (0 if seen >= window else seen)
+    assert Corm().sizing.alone(seen) == (0 if seen >= window else seen)
 
 
 def test_recipes_with_and_without_a_budget() -> None:
     """It sizes itself, or is held to a budget, or to its cap."""
     assert Recipe.parse("corm").budget is None
-    assert Recipe.parse("corm(cap=64)").policy.own_limit(70) == 0
+    assert Recipe.parse("corm(cap=64)").policy.sizing.alone(70) == 0
     assert str(Recipe.parse("corm(recent=8)@0.4").budget) == "0.4"
 
 

@@ -201,8 +201,8 @@ def test_the_ratio_rule_is_evaluated_as_written(drop_ratio: float) -> None:
     for seen in range(1, 700):
         held = seen if held is None else held + 1
         surplus = max(0, int(held - seen * (1 - drop_ratio)))
-        held = max(held - surplus, min(held, policy.least_budget))
-        limit = policy.own_limit(seen)
+        held = max(held - surplus, min(held, policy.sizing.least))
+        limit = policy.sizing.alone(seen)
         assert limit is not None
         assert held == min(seen, limit)
 

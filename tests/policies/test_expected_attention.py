@@ -43,7 +43,7 @@ class Tape:
 
     def feed(self, layer: HiveLayer, fresh: int) -> list[list[int]]:
         """The next tokens; returns what every head holds then."""
-        start, stop = layer.seen, layer.seen + fresh
+        start, stop = layer.get_seq_length(), layer.get_seq_length() + fresh
         layer.update(*(t[None, :, start:stop].float() for t in (self.keys, self.values)))
         layer.attend(self.queries[None, :, start:stop].float(), WIDTH**-0.5)
         held: list[list[int]] = layer.slots.position[0].tolist()
@@ -104,12 +104,12 @@ def test_decisions_are_those_of_the_definition(policy: ExpectedAttention, prompt
     layer = make_layer(policy, budget)
     held: list[list[int]] = [[], []]
     for fresh in (prompt, *[1] * 12, 3, 40):
-        start = layer.seen
+        start = layer.get_seq_length()
         now = tape.feed(layer, fresh)
         count = fresh if fresh >= policy.queries else policy.queries
-        queries = range(max(0, layer.seen - count), layer.seen)
+        queries = range(max(0, layer.get_seq_length() - count), layer.get_seq_length())
         for head in range(KV_HEADS):
-            there = [*held[head], *range(start, layer.seen)]
+            there = [*held[head], *range(start, layer.get_seq_length())]
             held[head] = expected(policy, tape, queries, head, there, budget)
         assert now == held
 

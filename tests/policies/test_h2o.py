@@ -58,7 +58,7 @@ def test_no_attention_is_lost(group: int) -> None:
         dropped += torch.where(gone, before, 0).sum(1)
         before.masked_fill_(gone, 0)
         total = dropped + layer.slots["score"][0].sum(-1)
-        assert total.tolist() == pytest.approx([layer.seen * group] * 2, rel=1e-5)
+        assert total.tolist() == pytest.approx([layer.get_seq_length() * group] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("recent", [0, 4])

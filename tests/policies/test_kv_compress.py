@@ -85,8 +85,8 @@ def test_who_gives_up_pages_is_left_with_full_ones(model: PreTrainedModel) -> No
 
 def test_the_budget_is_rounded_up_to_pages_and_least_budgets_hold(model: PreTrainedModel) -> None:
     policy = KVCompress(protected_window=6, sink=3, observed=8, page=8)
-    assert policy.peak(20) == 24
-    assert policy.least_budget == 9
+    assert policy.sizing.peak(20) == 24
+    assert policy.sizing.least == 9
     cache = HiveCache.for_model(model, Recipe.parse("kv_compress(page=8, protected_window=6)@20"))
     read(model, cache, random_ids(1, 90), 90)
     assert cache.report().tokens_kept == 24
@@ -244,7 +244,7 @@ def test_a_rate_keeps_its_share_of_what_is_older(model: PreTrainedModel) -> None
     for seen in range(100, 200):
         mean = float(cache.report().kept.double().mean())
         wanted = 8 + (seen + 1 - 8) * 0.25
-        assert wanted - 4 <= mean <= recipe.policy.own_limit(seen)
+        assert wanted - 4 <= mean <= recipe.policy.sizing.alone(seen)
         read(model, cache, ids[:, seen : seen + 1], 1)
 
 

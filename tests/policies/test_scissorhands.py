@@ -137,7 +137,7 @@ def test_the_least_budget_leaves_more_than_the_recent_tokens(
 ) -> None:
     """And the budget below it would not."""
     policy = Scissorhands(**knobs)  # type: ignore[arg-type]
-    assert policy.least_budget == least
+    assert policy.sizing.least == least
     rig = RowRig(policy, least, random_logits(8, 1, 30), heads=1)
     for _ in range(30):
         rig.step(1)

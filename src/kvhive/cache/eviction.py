@@ -63,9 +63,10 @@ class Eviction:
     def spares(self, slots: Slots) -> bool:
         """Whether all that is held is within limits that decoding does not move."""
         limits = self.limits.of(self.layer)
-        if limits is None or not self.decoding:
-            return True
-        return not (self.limits.moving or self.together) and self._count(slots, limits) >= 0
+        if limits is None:
+            return not self.limits.limited
+        steady = not (self.limits.moving or self.together)
+        return not self.decoding or (steady and self._count(slots, limits) >= 0)
 
     def _count(self, slots: Slots, limits: Tensor) -> int:
         left = limits - slots.tally

@@ -37,7 +37,7 @@ class Limits:
         self.allocation, self._slack = allocation, slack
         self.sizings = [policy.sizing for policy in policies]
         self.floor = max(sizing.least for sizing in self.sizings)
-        self._limited = budget is not None or any(s.alone is not None for s in self.sizings)
+        self.limited = budget is not None or any(s.alone is not None for s in self.sizings)
         self.reset()
 
     def reset(self) -> None:
@@ -50,7 +50,7 @@ class Limits:
     def follow(self, step: Step, seen: list[int], heads: int) -> None:
         """Take notice of a step; seen: tokens each row has seen then, one entry if all alike."""
         self._prompted |= step.phase == "prefill"
-        if not self._limited:
+        if not self.limited:
             return
         stays = self.budget is not None and step.phase != "prefill" and self._prompted
         if seen == self._seen or (stays and self.all is not None):
@@ -62,7 +62,7 @@ class Limits:
     @property
     def moving(self) -> bool:
         """Whether limits change with every token decoded."""
-        return self._limited and (self.budget is None or not self._prompted)
+        return self.limited and (self.budget is None or not self._prompted)
 
     def of(self, layer: int) -> Tensor | None:
         """int64 `[rows or 1, K]` on the CPU; None while nothing is limited."""

@@ -62,12 +62,15 @@ class Progress:
 
     def seen_by(self, layer: int) -> int:
         """Tokens that a layer has seen, padding included."""
-        ahead = self._step is None or self._done == self.layers or layer < self._done
-        return self.seen if ahead or self._step is None else self.seen - self._step.fresh
+        if self._step is None or layer < self._done:
+            return self.seen
+        return self.seen - self._step.fresh
 
     def finish(self) -> None:
         """A layer has gone through the step."""
         self._done += 1
+        if self._done == self.layers:
+            self._step = None
 
     def _next(self, keys: Tensor, mask: Tensor | None, phase: Phase | None) -> Step:
         fresh, first = keys.shape[2], self.seen

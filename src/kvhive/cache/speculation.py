@@ -31,6 +31,11 @@ class Pending:
     keys: Tensor | None
     values: Tensor | None
 
+    @property
+    def drafted(self) -> bool:
+        """Whether these tokens are a draft, not a prompt (whose draft comes with it)."""
+        return self.keys is not None
+
     @classmethod
     def of(
         cls, step: Step, scale: float, query: Tensor | None, keys: Tensor, values: Tensor
@@ -78,22 +83,33 @@ def crop(layers: Sequence[HiveLayer], remove: int) -> None:
     recorded = sum(pending.step.fresh for pending in first.pending)
     _check(layers, remove, recorded)
     steps = list(zip(*(layer.pending for layer in layers), strict=True))
-    stays = recorded - remove
-    if stays <= 0 or all(layer.is_quiet for layer in layers):
+    left = recorded - remove
+    if left <= 0 or (steps[0][0].drafted and all(layer.is_quiet for layer in layers)):
         _truncate(layers, remove)
     else:
-        prompt = min(steps[0][0].step.fresh, stays) if steps[0][0].keys is None else 0
-        _truncate(layers, recorded - prompt)
-        if prompt:
-            _settle(layers, [pending.part(0, prompt) for pending in steps[0]])
-        for step in steps[1 if steps[0][0].keys is None else 0 :]:
-            count = min(step[0].step.fresh, stays - prompt)
-            for place in range(count):
-                for layer, pending in zip(layers, step, strict=True):
-                    layer.accept(pending.part(place, place + 1))
-            prompt += count
+        _conclude(layers, steps, recorded, left)
     for layer in layers:
         layer.pending.clear()
+
+
+def _conclude(
+    layers: Sequence[HiveLayer],
+    steps: Sequence[tuple[Pending, ...]],
+    recorded: int,
+    left: int,
+) -> None:
+    """Take all `recorded` tokens back but a prompt's, and let the first `left` of them come again.
+    """
+    prompt = 0 if steps[0][0].drafted else min(steps[0][0].step.fresh, left)
+    _truncate(layers, recorded - prompt)
+    if prompt:
+        _settle(layers, [pending.part(0, prompt) for pending in steps[0]])
+    left -= prompt
+    for step in steps[1 if prompt else 0 :]:
+        for place in range(min(step[0].step.fresh, left)):
+            for layer, pending in zip(layers, step, strict=True):
+                layer.accept(pending.part(place, place + 1))
+        left -= step[0].step.fresh
 
 
 def _check(layers: Sequence[HiveLayer], remove: int, recorded: int) -> None:
