@@ -61,6 +61,7 @@ class HiveLayer(CacheLayerMixin):
         self._kind = kind
         self.reset()
 
+    @plain
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch, heads, dtype and device from the first tensors, never from a config."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -85,6 +86,7 @@ class HiveLayer(CacheLayerMixin):
         self.pending: list[Pending] = []  # steps that `crop` may still take back
         self._waiting: tuple[Tensor, Tensor] | None = None  # handed in, not attended yet
         self._scale = 1.0
+        self._growing = 1  # tokens that the next step may bring, as the last one did
         self.turning.reset()
         self.eviction.forget()
         if self.place == 0:
@@ -191,6 +193,8 @@ class HiveLayer(CacheLayerMixin):
         return waiting
 
     def _append(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        if self.store.length:
+            self._growing = min(step.fresh, HEADROOM)
         self.store.append(keys, values, self._room(step))
         self.slots.append(step, self.store.room)
         self.appended += step.fresh
@@ -298,7 +302,7 @@ class HiveLayer(CacheLayerMixin):
         """Slots to allocate for after an eviction."""
         if self.eviction.together:
             return kept + UNEVEN_HEADROOM
-        bound = self.eviction.bound(1)
+        bound = self.eviction.bound(self._growing)
         return kept + HEADROOM if bound is None else max(kept, min(kept + HEADROOM, bound))
 
     # ---- what transformers asks of a cache layer -------------------------------------------------
