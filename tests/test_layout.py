@@ -15,7 +15,7 @@ ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
     {"registry", "budget", "rope", "memory", "plugins", "step", "plan"},
-    {"slots"},
+    {"slots", "calibration"},
     {"kernels"},
     {"policies", "allocations", "stores"},
     {"recipe", "model"},

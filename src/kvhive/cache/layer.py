@@ -16,6 +16,7 @@ from kvhive.cache.modes import plain
 from kvhive.cache.pending import Pending
 from kvhive.cache.positions import Turning
 from kvhive.cache.progress import Progress
+from kvhive.calibration import Profile
 from kvhive.kernels import NOTHING, Ask, Held, Needs, Observed
 from kvhive.model.facts import ModelFacts, facts_of
 from kvhive.plan import Plan
@@ -35,7 +36,7 @@ class HiveLayer(CacheLayerMixin):
     policy: who decides. kind: the form of storage. progress: what all layers of the cache share,
     `place` being this one's among them; layers: all of them, once they are made (those before this
     one are). rotation: given when positions are counted inside the cache. written: how the model
-    turned the keys it wrote, where that is known.
+    turned the keys it wrote, where that is known. profile: of the model, for the store.
     """
 
     is_sliding = False
@@ -50,6 +51,7 @@ class HiveLayer(CacheLayerMixin):
         layers: Sequence[HiveLayer],
         rotation: Rotation | None = None,
         written: Rotation | None = None,
+        profile: Profile | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.policy, self.progress, self.place = policy, progress, place
@@ -58,7 +60,7 @@ class HiveLayer(CacheLayerMixin):
         self.written = written
         self.layers = layers
         self.facts: ModelFacts | None = None  # of the model whose tokens these are
-        self._kind = kind
+        self._kind, self._profile = kind, profile
         self.reset()
 
     @plain
@@ -78,7 +80,7 @@ class HiveLayer(CacheLayerMixin):
         self.is_initialized = False
         self.dtype, self.device = torch.float32, torch.device("cpu")
         earlier = [layer.store for layer in self.layers[: self.place]]
-        facts = LayerFacts(self.place, self.progress.layers)
+        facts = LayerFacts(self.place, self.progress.layers, self._profile)
         self.store: Store = self._kind.new(facts, earlier)
         self.slots = Slots(0, 0, {}, {}, self.device)
         self.evicted = False
