@@ -240,5 +240,5 @@ class Largest(TorchDispatchMode):
         for made in result if isinstance(result, tuple | list) else (result,):
             if isinstance(made, Tensor):
                 self.elements = max(self.elements, made.numel())
-                self.nbytes = max(self.nbytes, made.nbytes)
+                self.nbytes = max(self.nbytes, made.untyped_storage().nbytes())
         return result
