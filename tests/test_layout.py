@@ -14,8 +14,8 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "budget", "rope", "memory", "plugins"},
-    {"slots"},
+    {"registry", "budget", "rope", "memory", "plugins", "kinds"},
+    {"slots", "spec"},
     {"kernels"},
     {"policies", "allocations", "stores"},
     {"recipe", "model"},

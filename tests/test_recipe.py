@@ -15,6 +15,7 @@ from kvhive.allocations.uniform import Uniform
 from kvhive.budget import Budget
 from kvhive.policies import POLICIES
 from kvhive.policies.buzz import Buzz
+from kvhive.policies.buzz_log import BuzzLog
 from kvhive.policies.h2o import H2O
 from kvhive.policies.snapkv import SnapKV
 from kvhive.policies.streaming_llm import StreamingLLM
@@ -78,8 +79,9 @@ def test_knobs_that_add_up_to_a_budget_need_none() -> None:
 @pytest.mark.parametrize("name", list(POLICIES))
 @pytest.mark.parametrize("rest", ["", "@0.4", "@512", "@0.123456789", "@1.0"])
 def test_every_policy_survives_its_printing(name: str, rest: str) -> None:
-    policy = POLICIES[name]()
-    if (rest and not policy.takes_budget) or (not rest and not policy.takes_own_size):
+    sizing = POLICIES[name]().sizing
+    sizes_itself = sizing.alone is not None or not sizing.budgeted
+    if (rest and not sizing.budgeted) or (not rest and not sizes_itself):
         with pytest.raises(ValueError, match="budget"):
             Recipe.parse(name + rest)
     else:
@@ -241,7 +243,7 @@ def test_garbage_is_always_a_value_error(pieces: list[str], start: str) -> None:
 def test_policies_refuse_what_the_form_cannot_see() -> None:
     for policy, knobs in (
         (Buzz, {"stride": 2}),
-        (Buzz, {"cells": 3}),
+        (BuzzLog, {"threshold": 9}),
         (H2O, {"recent": -1}),
         (StreamingLLM, {"sink": -1}),
     ):

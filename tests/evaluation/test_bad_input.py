@@ -68,7 +68,10 @@ def sentence(result: Result) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("-t", "passkey(lengths=())"), "lengths must be a list like (1, 2), or (1,), got ()"),
+        (
+            ("-t", "passkey(lengths=())"),
+            "lengths must be a list of whole numbers, as in [1, 2], got ()",
+        ),
         (("-t", PASSKEY, "--mode", ""), "no mode was named; known: agnostic, aware, stream"),
         (("-t", PASSKEY, "--device", "abacus"), "device 'abacus' cannot be used here"),
         (("-t", PASSKEY, "-r", "h2o@70.0"), "a share must lie in (0, 1], got 70"),

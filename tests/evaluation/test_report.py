@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from kvhive.cli import app
 from kvhive.evaluation.report.charts import Point, heat_map, quality_plot, ticks, turn_plot
 from kvhive.evaluation.report.csv import COLUMNS, as_csv
 from kvhive.evaluation.report.join import join
@@ -27,6 +29,7 @@ from kvhive.evaluation.scheduler import evaluate
 from kvhive.evaluation.settings import Settings
 from kvhive.evaluation.statistics import Interval
 
+RECORDED = Path(__file__).parents[2] / "docs" / "results" / "stream_buzz"
 BROWSERS = [
     name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)
 ]
@@ -54,6 +57,14 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(ran: Path) -> Run:
     return Run.read(ran)
+
+
+def test_a_recipe_is_found_under_the_name_it_was_recorded_with() -> None:
+    """Also where the method has another name now: buzz(history=log) became buzz_log."""
+    words = ["report", str(RECORDED), "--against", "buzz(history=log)@0.4"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "against buzz(history=log)@0.4" in " ".join(result.stdout.split())
 
 
 def shown(run: Run, width: int = 100) -> str:

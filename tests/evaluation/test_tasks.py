@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from itertools import islice
@@ -88,8 +87,8 @@ def test_every_measure_has_a_name_of_its_own(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_where_it_comes_from(name):
     assert TASKS[name].__doc__
-    for one in dataclasses.fields(TASKS[name]):
-        assert one.metadata["meaning"], one.name
+    for one in TASKS[name].knobs():
+        assert one.meaning, one.name
 
 
 NEEDLES = ["passkey", "niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"]
@@ -249,22 +248,22 @@ def test_groups_are_known_tasks():
         ("passkey(length=5)", "passkey has no knob 'length'; did you mean: lengths"),
         ("kv(pairs='x')", "kv: pairs must be a whole number, got 'x'"),
         ("kv(pairs=True)", "kv: pairs must be a whole number, got True"),
-        ("passkey(lengths=512)", r"lengths must be a list like \(1, 2\), or \(1,\), got 512"),
-        ("kv(pairs=4, asked=5)", "asked <= pairs <= 75 must hold, got asked=5, pairs=4"),
-        ("wikitext(skip=9000)", "skip < tokens must hold"),
+        ("passkey(lengths=512)", r"lengths must be a list of whole numbers, .* got 512"),
+        ("kv(pairs=4, asked=5)", "kv: asked must be at most pairs, got asked=5, pairs=4"),
+        ("wikitext(skip=9000)", "skip must be less than tokens, got skip=9000, tokens=1024"),
         ("verbatim(tokens=60)", "tokens must be at least twice cue"),
         ("vt(asked=3)", "asked must be at most chains, got asked=3, chains=2"),
         ("vt(hops=-1)", "vt: hops must be between 0 and 50, got -1"),
-        ("passkey(lengths=())", r"lengths must be a list like \(1, 2\), or \(1,\), got \(\)"),
+        ("passkey(lengths=())", r"lengths must be a list of whole numbers, .* got \(\)"),
         ("passkey(lengths=(512, -5))", "passkey: lengths must be at least 1, got -5"),
-        ("passkey(lengths=('a',))", "every one of lengths must be a whole number, got 'a'"),
+        ("passkey(lengths=('a',))", r"lengths must be a list of whole numbers, .* got \('a',\)"),
         ("passkey(depths=(7.0,))", "passkey: depths must be between 0 and 1, got 7"),
-        ("niah_single(hay='straw')", r"hay must be one of \('book', .* got 'straw'"),
+        ("niah_single(hay='straw')", "hay must be one of book, repeat, needles, got 'straw'"),
         ("cwe(tokens=0)", "cwe: tokens must be at least 1, got 0"),
-        ("passkey(300)", "the form is name"),
-        ("shared_context(asked=1)", r"asked must lie in 2\.\.10, got 1"),
-        ("word_codes(pairs=400)", "pairs <= 200"),
-        ("kv(4)(5)", "the form is name"),
+        ("passkey(300)", "write knobs as name=value, got '300'"),
+        ("shared_context(asked=1)", "asked must be between 2 and 10, got 1"),
+        ("word_codes(pairs=400)", "pairs must be between 1 and 200, got 400"),
+        ("kv(pairs=4)(5)", r"cannot read '\(5\)'; the form is name"),
         ("kv(pairs=", "the form is name"),
         ("", "the form is name"),
     ],

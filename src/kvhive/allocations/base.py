@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kvhive.registry import Registry
+from kvhive.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(Spec):
     """Base of all allocations. Fields are hyper-parameters.
 
     compete: who shares anew at each eviction, by the scores tokens have then: nobody ("none": the
@@ -28,7 +29,6 @@ class Allocation:
     then evicts when its last layer has attended).
     """
 
-    name: ClassVar[str]
     compete: ClassVar[Literal["none", "layer", "model"]] = "none"
 
     def shares(self, shape: Shape, budget: int, floor: int) -> Tensor:

@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from kvhive import __version__
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.engines.arguments import count, known, split
+from kvhive.engines.arguments import count, known
 from kvhive.engines.arguments import device as device_for
 from kvhive.engines.rows import AT_ONCE, Rows, padded
 from kvhive.engines.tally import Tally
 from kvhive.evaluation.scoring import MOST_BYTES, ModelRunner
 from kvhive.model.loading import load
 from kvhive.recipe import Recipe
+from kvhive.spec import split
 
 BLOCK = 32  # tokens of a text without a question that are fed between two evictions
 Request = tuple[Any, list[int], list[int]]  # texts or None; ids of context and continuation

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from kvhive.kernels import Ask, Observed
 from kvhive.plan import Plan
 from kvhive.registry import Registry
+from kvhive.spec import Spec
 
 
 class Store(ABC):
@@ -86,10 +86,8 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class StoreKind:
+class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage."""
-
-    name: ClassVar[str]
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""

@@ -10,9 +10,10 @@ from typing import ClassVar
 from kvhive.evaluation.data.made_up import coded_word
 from kvhive.evaluation.measures import SHARE_FOUND
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 
 @TASKS.register("cwe")
@@ -28,8 +29,8 @@ class CommonWords(Task):
     often: ClassVar[int] = 10  # times a frequent word comes, a rare one `rare` times
     rare: ClassVar[int] = 1
 
-    tokens: int = knob(1024, "length of the list, about")
-    common: int = knob(5, "frequent words", most=20)
+    tokens: int = knob(1024, "length of the list, about", least=1)
+    common: int = knob(5, "frequent words", least=1, most=20)
 
     def items(self, desk: TaskContext) -> Iterator[Item]:
         """New words every time."""
@@ -69,7 +70,7 @@ class FrequentWords(Task):
 
     measures = (SHARE_FOUND,)
 
-    tokens: int = knob(1024, "length of the text, about")
+    tokens: int = knob(1024, "length of the text, about", least=1)
 
     def items(self, desk: TaskContext) -> Iterator[Item]:
         """New words every time."""

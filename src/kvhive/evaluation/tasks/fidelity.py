@@ -9,9 +9,10 @@ from typing import ClassVar
 from kvhive.evaluation.measures import measured
 from kvhive.evaluation.protocols import Mode, ModelUnderTest
 from kvhive.evaluation.streaming import compare, compare_bare
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe, RecipeResult
+from kvhive.spec import knob
 
 
 @TASKS.register("fidelity")
@@ -39,8 +40,8 @@ class Fidelity(Task):
     data: ClassVar = ("wikitext2",)
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
-    tokens: int = knob(1024, "tokens compressed")
-    scored: int = knob(64, "tokens compared after them")
+    tokens: int = knob(1024, "tokens compressed", least=1)
+    scored: int = knob(64, "tokens compared after them", least=1)
 
     def items(self, desk: TaskContext) -> Iterator[Item]:
         """Windows of the articles at hand that are long enough, one of each."""

@@ -14,9 +14,10 @@ from kvhive.evaluation.measures import (
     Measure,
     per_probe,
 )
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Outcome, Probe
+from kvhive.spec import knob
 
 _TELL = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 
@@ -45,15 +46,14 @@ class KeyValue(Conversation):
     )
     data: ClassVar = ("kv_retrieval",)
 
-    pairs: int = knob(8, "pairs in the object, at most 75")
-    asked: int = knob(1, "keys asked of one object")
+    pairs: int = knob(8, "pairs in the object", least=1, most=75)
+    asked: int = knob(1, "keys asked of one object", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.asked <= self.pairs <= 75:
+        if self.asked > self.pairs:
             raise ValueError(
-                f"kv: 1 <= asked <= pairs <= 75 must hold, got asked="
-                f"{self.asked}, pairs={self.pairs}"
+                f"kv: asked must be at most pairs, got asked={self.asked}, pairs={self.pairs}"
             )
 
     def items(self, desk: TaskContext) -> Iterator[Item]:

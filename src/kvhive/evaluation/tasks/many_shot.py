@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import EXACT, NLL, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _EXAMPLE = re.compile(r"Question: (.+?)\nType: (.+?)(?:\n|$)")
 
@@ -27,8 +28,8 @@ class Trec(Conversation):
     measures = (EXACT, TOKEN_ACCURACY, NLL)
     data: ClassVar = ("longbench_mini",)
 
-    shots: int = knob(40, "examples in the context")
-    asked: int = knob(5, "questions of one context")
+    shots: int = knob(40, "examples in the context", least=1)
+    asked: int = knob(5, "questions of one context", least=1)
 
     def items(self, desk: TaskContext) -> Iterator[Item]:
         """From each long list of examples some as context and others to ask, again and again."""

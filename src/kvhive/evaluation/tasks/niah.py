@@ -10,9 +10,10 @@ from typing import ClassVar
 from kvhive.evaluation.data.made_up import random_uuid
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, SHARE_FOUND, TOKEN_ACCURACY
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _TELL = "Some special magic {kind}s are hidden within the following text. Memorise them.\n\n"
 _HAY = ("book", "repeat", "needles")
@@ -27,7 +28,7 @@ class Niah(Task):
     words: ClassVar[int] = 1  # different words with needles
     values: ClassVar[int] = 1  # needles a word
 
-    tokens: int = knob(1024, "length of the context")
+    tokens: int = knob(1024, "length of the context", least=1)
     hay: str = knob("book", "text; 'needles': nothing but other needles", among=_HAY)
     kind: str = knob("number", "'number': seven digits", among=("number", "uuid"))
 

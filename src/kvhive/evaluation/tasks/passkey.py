@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _TELL = "There is important information hidden in the text below. Remember it.\n\n"
 
@@ -26,7 +27,9 @@ class Passkey(Task):
     measures = (EXACT, TOKEN_ACCURACY, CHOICE, MARGIN)
     data: ClassVar = ("books",)
 
-    lengths: tuple[int, ...] = knob((1024,), "tokens of the context; items take them in turn")
+    lengths: tuple[int, ...] = knob(
+        (1024,), "tokens of the context; items take them in turn", least=1
+    )
     depths: tuple[float, ...] = knob(
         (0.0, 0.25, 0.5, 0.75, 1.0), "where the key lies", least=0, most=1
     )

@@ -9,9 +9,10 @@ from typing import ClassVar
 from kvhive.evaluation.measures import PERPLEXITY, TOKEN_ACCURACY
 from kvhive.evaluation.protocols import Mode, ModelUnderTest
 from kvhive.evaluation.streaming import in_pieces, stream
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe, RecipeResult
+from kvhive.spec import knob
 
 _PIECE = 64  # tokens the floor reads at a time
 
@@ -28,16 +29,16 @@ class _Stream(Task):
     measures = (PERPLEXITY, TOKEN_ACCURACY)
     modes: ClassVar[tuple[Mode, ...]] = ("stream",)
 
-    tokens: int = knob(1024, "tokens of a segment")
-    block: int = knob(16, "tokens fed at a time")
-    skip: int = knob(256, "first tokens not scored")
+    tokens: int = knob(1024, "tokens of a segment", least=1)
+    block: int = knob(16, "tokens fed at a time", least=1)
+    skip: int = knob(256, "first tokens not scored", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.block >= 1 and 1 <= self.skip < self.tokens):
+        if self.skip >= self.tokens:
             raise ValueError(
-                f"{self.name}: block >= 1 and 1 <= skip < tokens must hold, got block="
-                f"{self.block}, skip={self.skip}, tokens={self.tokens}"
+                f"{self.name}: skip must be less than tokens, got skip={self.skip}, "
+                f"tokens={self.tokens}"
             )
 
     def text(self, desk: TaskContext) -> str:
@@ -99,8 +100,8 @@ class WikiTextTail(Task):
     data: ClassVar = ("wikitext2",)
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
-    tokens: int = knob(1024, "tokens compressed")
-    scored: int = knob(128, "tokens scored after them")
+    tokens: int = knob(1024, "tokens compressed", least=1)
+    scored: int = knob(128, "tokens scored after them", least=1)
 
     def items(self, desk: TaskContext) -> Iterator[Item]:
         """Windows side by side."""

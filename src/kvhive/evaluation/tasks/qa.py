@@ -20,9 +20,10 @@ from kvhive.evaluation.measures import (
     SUBSTRING,
 )
 from kvhive.evaluation.protocols import Mode
-from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _TELL = (
     "Write a high-quality answer for the given question using only the provided search results "
@@ -160,12 +161,7 @@ class SharedContext(Conversation):
     measures = (CENTRED_CHOICE, CHOICE, NLL)
     data: ClassVar = ("shared_context_nq",)
 
-    asked: int = knob(10, "questions asked of one context, 2 to 10")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.asked <= 10:
-            raise ValueError(f"shared_context: asked must lie in 2..10, got {self.asked}")
+    asked: int = knob(10, "questions asked of one context", least=2, most=10)
 
     @property
     def modes(self) -> tuple[Mode, ...]:  # type: ignore[override]

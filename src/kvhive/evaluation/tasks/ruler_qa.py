@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from kvhive.evaluation.data.made_up import people
 from kvhive.evaluation.measures import CHOICE, F1, MARGIN, SUBSTRING
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _TELL = "Answer the question based on the given documents.\n\n"
 
@@ -24,7 +25,7 @@ class RulerQa(Task):
 
     measures = (CHOICE, SUBSTRING, F1, MARGIN)
 
-    tokens: int = knob(1024, "length of the context")
+    tokens: int = knob(1024, "length of the context", least=1)
 
     def items(self, desk: TaskContext) -> Iterator[Item]:
         """New people every time."""

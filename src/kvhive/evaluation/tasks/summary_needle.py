@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import EXACT, REFERENCE_NLL, TOKEN_ACCURACY, Measure, Values
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Answers, Item, Probe
+from kvhive.spec import knob
 
 
 def _only(part: str, measure: Measure) -> Measure:
@@ -37,7 +38,7 @@ class SummaryNeedle(Conversation):
     )
     data: ClassVar = ("xsum",)
 
-    tokens: int = knob(1000, "most tokens of an article")
+    tokens: int = knob(1000, "most tokens of an article", least=1)
 
     def items(self, desk: TaskContext) -> Iterator[Item]:
         """One for every article; the needle is a sentence somewhere in it."""

@@ -10,9 +10,10 @@ from string import ascii_uppercase
 from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, SHARE_FOUND
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _TELL = "Memorise the chains of variable assignment hidden in the following text.\n\n"
 
@@ -29,10 +30,10 @@ class VariableTracing(Conversation):
     measures = (SHARE_FOUND, CHOICE)
     data: ClassVar = ("books",)
 
-    tokens: int = knob(1024, "length of the context")
+    tokens: int = knob(1024, "length of the context", least=1)
     hops: int = knob(1, "assignments after the first of a chain", least=0, most=50)
-    chains: int = knob(2, "chains in the text", most=50)
-    asked: int = knob(1, "chains asked of one context")
+    chains: int = knob(2, "chains in the text", least=1, most=50)
+    asked: int = knob(1, "chains asked of one context", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from kvhive.evaluation.measures import NLL, TOKEN_ACCURACY
 from kvhive.evaluation.protocols import Mode
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 
 @TASKS.register("verbatim")
@@ -27,9 +28,9 @@ class Verbatim(Task):
     data: ClassVar = ("books",)
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
-    tokens: int = knob(1024, "tokens of the book")
-    cue: int = knob(16, "tokens copied to say where")
-    answer: int = knob(32, "tokens scored")
+    tokens: int = knob(1024, "tokens of the book", least=1)
+    cue: int = knob(16, "tokens copied to say where", least=1)
+    answer: int = knob(32, "tokens scored", least=1)
     depths: tuple[float, ...] = knob(
         (0.1, 0.3, 0.5, 0.7, 0.9), "where the cues lie", least=0, most=1
     )

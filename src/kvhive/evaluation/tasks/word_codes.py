@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _TELL = "Memorise the code of every word below. A code will be asked later.\n\n"
 
@@ -27,15 +28,15 @@ class WordCodes(Conversation):
     measures = (CHOICE, EXACT, TOKEN_ACCURACY, MARGIN)
     data: ClassVar = ("books",)
 
-    pairs: int = knob(16, "words with codes")
-    asked: int = knob(8, "words asked of one context")
+    pairs: int = knob(16, "words with codes", least=1, most=200)
+    asked: int = knob(8, "words asked of one context", least=1)
     tokens: int = knob(1024, "length of the context; 0: the list alone", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.asked <= self.pairs <= 200:
+        if self.asked > self.pairs:
             raise ValueError(
-                f"word_codes: 1 <= asked <= pairs <= 200 must hold, got asked={self.asked}, "
+                f"word_codes: asked must be at most pairs, got asked={self.asked}, "
                 f"pairs={self.pairs}"
             )
 
