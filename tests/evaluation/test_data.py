@@ -201,5 +201,5 @@ def test_the_hub_loader_tells_what_is_wrong(tmp_path):
 def _short() -> dict[str, object]:
     context = {"title": ["T0"], "sentences": [["A"]]}
     facts = {"title": ["T0"], "sent_id": [0]}
-    told = {"id": "s", "question": "Who?", "answer": "Ann"}
-    return {**told, "supporting_facts": facts, "context": context}
+    got = {"id": "s", "question": "Who?", "answer": "Ann"}
+    return {**got, "supporting_facts": facts, "context": context}

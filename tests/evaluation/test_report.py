@@ -92,9 +92,9 @@ def test_the_table_names_every_task_and_recipe(run):
 
 def test_unclear_tasks_are_told(run):
     """A random model can do nothing, so no task is clear of its floor by itself."""
-    told = run.unclear()
-    assert any(sentence.startswith("passkey") for sentence in told)
-    assert all("within 4 standard errors of the floor" in sentence for sentence in told)
+    got = run.unclear()
+    assert any(sentence.startswith("passkey") for sentence in got)
+    assert all("within 4 standard errors of the floor" in sentence for sentence in got)
 
 
 def test_csv_holds_every_figure(run):
@@ -166,8 +166,8 @@ def of_items(run: Run, name: str, recipe: str, items: range) -> Run:
     """The part of a run with these items of each task, and this recipe."""
     names: dict[tuple[str, str], list[str]] = {}
     for row in run.rows:
-        told = names.setdefault((row["task"], row["mode"]), [])
-        told += [row["item"]] * (row["item"] not in told)
+        got = names.setdefault((row["task"], row["mode"]), [])
+        got += [row["item"]] * (row["item"] not in got)
     rows = [
         row
         for row in run.rows
@@ -249,7 +249,7 @@ def test_texts_cannot_break_out_of_the_page(run):
 
 @pytest.mark.parametrize("browser", BROWSERS)
 def test_the_page_renders_in_a_browser(run, tmp_path, browser):
-    """Its scripts run to the end: the table sorts, and a number opens its items."""
+    """Its continuations run to the end: the table sorts, and a number opens its items."""
     click = (
         "<script>document.querySelectorAll('#leaderboard button')[1].click();"
         "document.querySelector('[data-items]').click();"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvhive.cli.words import needs_text
+from kvhive.cli.needs import needs_text
 from kvhive.policies import POLICIES, Policy
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvhive.cli.console import out
-from kvhive.cli.words import needs_text
+from kvhive.cli.needs import needs_text
 
 if TYPE_CHECKING:
     from kvhive.policies import Policy

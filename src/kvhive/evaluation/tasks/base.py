@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import Measure
-from kvhive.evaluation.protocols import Mode, ModelUnderTest, ask, converse
+from kvhive.evaluation.protocols import ModelUnderTest, ask, converse
 from kvhive.evaluation.tasks.context import TaskContext
-from kvhive.evaluation.types import Item, Part, RecipeResult
+from kvhive.evaluation.types import Item, RecipeResult
+from kvhive.inference.chat import Part
+from kvhive.inference.modes import Mode
 from kvhive.registry import Registry
 from kvhive.spec import Spec, knob, parse
 
@@ -29,17 +31,17 @@ class Task(Spec):
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic", "aware")
     most_aware: ClassVar[int] = 2
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
-        """Items in a fixed order; may go on for ever, the runner takes the first few."""
+    def items(self, context: TaskContext) -> Iterator[Item]:
+        """Items in a fixed order; may go on for ever, a run takes the first few."""
         raise TypeError(f"{type(self).__name__} does not say what it asks")
 
-    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
+    def run(self, tested: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """All recipes on one item."""
-        return ask(asked, item, item.prefix, mode, self.most_aware)
+        return ask(tested, item, item.prefix, mode, self.most_aware)
 
-    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
+    def floor(self, tested: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """The full cache without what the questions are about."""
-        return ask(asked.only_full(), item, item.bare, mode, self.most_aware)[0]
+        return ask(tested.only_full(), item, item.bare, mode, self.most_aware)[0]
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,19 @@ class Conversation(Task):
 
     turns: bool = knob(False, "ask one after another on one cache, with the right answers between")
 
-    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
+    def run(self, tested: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """Apart from each other, or as turns."""
-        return self._play(asked, item, item.prefix, mode)
+        return self._run(tested, item, item.prefix, mode)
 
-    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
+    def floor(self, tested: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """The same without the context."""
-        return self._play(asked.only_full(), item, item.bare, mode)[0]
+        return self._run(tested.only_full(), item, item.bare, mode)[0]
 
-    def _play(
-        self, asked: ModelUnderTest, item: Item, context: Part, mode: Mode
+    def _run(
+        self, tested: ModelUnderTest, item: Item, part: Part, mode: Mode
     ) -> list[RecipeResult]:
         way = converse if self.turns else ask
-        return way(asked, item, context, mode, self.most_aware)
+        return way(tested, item, part, mode, self.most_aware)
 
 
 TASKS: Registry[Task] = Registry("task")

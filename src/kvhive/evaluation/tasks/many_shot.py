@@ -31,13 +31,13 @@ class Trec(Conversation):
     shots: int = knob(40, "examples in the context", least=1)
     asked: int = knob(5, "questions of one context", least=1)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """From each long list of examples some as context and others to ask, again and again."""
-        records = [one for one in desk.records("longbench_mini") if one["dataset"] == "trec"]
+        records = [one for one in context.records("longbench_mini") if one["dataset"] == "trec"]
         number = 0
         while records:
             record = records[number % len(records)]
-            rng = desk.random("trec", number)
+            rng = context.random("trec", number)
             examples = _EXAMPLE.findall(record["context"] + "\n")
             if len(examples) < self.shots + self.asked:
                 raise ValueError(
@@ -46,12 +46,14 @@ class Trec(Conversation):
                 )
             drawn = rng.sample(examples, self.shots + self.asked)
             shown, hidden = drawn[: self.shots], drawn[self.shots :]
-            tell = "Classify each question by the type of its answer.\n"
-            context = "".join(f"Question: {text}\nType: {label}\n" for text, label in shown)
+            instruction = "Classify each question by the type of its answer.\n"
+            prefix = "".join(f"Question: {text}\nType: {label}\n" for text, label in shown)
             probes = tuple(
                 Probe(f"Question: {text}\nType:", target=f" {label}\n", history=f" {label}")
                 for text, label in hidden
             )
             facts = {"shots": self.shots}
-            yield Item(f"trec-{number}", tell + context, tell, probes, chat=False, facts=facts)
+            yield Item(
+                f"trec-{number}", instruction + prefix, instruction, probes, chat=False, facts=facts
+            )
             number += 1

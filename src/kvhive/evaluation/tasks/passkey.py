@@ -12,7 +12,7 @@ from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.spec import knob
 
-_TELL = "There is important information hidden in the text below. Remember it.\n\n"
+_INSTRUCTION = "There is important information hidden in the text below. Remember it.\n\n"
 
 
 @TASKS.register("passkey")
@@ -35,17 +35,17 @@ class Passkey(Task):
     )
     decoys: int = knob(0, "keys of another name in the same text", least=0, most=45)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """All depths of the first length, then of the next, and again with other keys."""
         number = 0
         while True:
             for length in self.lengths:
                 for depth in self.depths:
-                    yield self._item(desk, number, length, depth)
+                    yield self._item(context, number, length, depth)
                     number += 1
 
-    def _item(self, desk: TaskContext, number: int, length: int, depth: float) -> Item:
-        rng = desk.random("passkey", number)
+    def _item(self, context: TaskContext, number: int, length: int, depth: float) -> Item:
+        rng = context.random("passkey", number)
         keys = [str(key) for key in rng.sample(range(10_000, 100_000), 10 + self.decoys)]
         key, others = keys[0], keys[1:10]
         needles = [(depth, f"The pass key is {key}. Remember it. {key} is the pass key.")]
@@ -62,6 +62,6 @@ class Passkey(Task):
             gold=choices.index(key),
             history=key + ".",
         )
-        hay = desk.haystack(rng, length, needles)
+        hay = context.haystack(rng, length, needles)
         facts = {"length": length, "depth": depth}
-        return Item(f"passkey-{number}", _TELL + hay, _TELL, (probe,), facts=facts)
+        return Item(f"passkey-{number}", _INSTRUCTION + hay, _INSTRUCTION, (probe,), facts=facts)

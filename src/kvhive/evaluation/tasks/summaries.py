@@ -45,10 +45,10 @@ class _Summary(Task):
     tokens: int = knob(1500, "most tokens of an article", least=1)
     write: bool = knob(True, "write a summary too; False: only score the reference")
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """One for every article."""
-        for record in desk.records(self.data[0]):
-            article = desk.cut(record["article"], self.tokens)
+        for record in context.records(self.data[0]):
+            article = context.cut(record["article"], self.tokens)
             probe = Probe(
                 f"\n\n{self.request}",
                 target=record["summary"],

@@ -15,7 +15,7 @@ from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.spec import knob
 
-_TELL = "Memorise the chains of variable assignment hidden in the following text.\n\n"
+_INSTRUCTION = "Memorise the chains of variable assignment hidden in the following text.\n\n"
 
 
 @TASKS.register("vt")
@@ -42,11 +42,11 @@ class VariableTracing(Conversation):
                 f"vt: asked must be at most chains, got asked={self.asked}, chains={self.chains}"
             )
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """New names and values every time."""
         number = 0
         while True:
-            rng = desk.random("vt", number)
+            rng = context.random("vt", number)
             names = _names(rng, self.chains * (self.hops + 1))
             values = [str(value) for value in rng.sample(range(10_000, 100_000), self.chains)]
             chains = [names[place :: self.chains] for place in range(self.chains)]
@@ -60,9 +60,9 @@ class VariableTracing(Conversation):
             probes = tuple(
                 _probe(chains[place], values[place], lasts, place) for place in range(self.asked)
             )
-            hay = desk.haystack(rng, self.tokens, needles)
+            hay = context.haystack(rng, self.tokens, needles)
             facts = {"length": self.tokens, "hops": self.hops}
-            yield Item(f"vt-{number}", _TELL + hay, _TELL, probes, facts=facts)
+            yield Item(f"vt-{number}", _INSTRUCTION + hay, _INSTRUCTION, probes, facts=facts)
             number += 1
 
 

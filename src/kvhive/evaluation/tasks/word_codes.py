@@ -13,7 +13,7 @@ from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.spec import knob
 
-_TELL = "Memorise the code of every word below. A code will be asked later.\n\n"
+_INSTRUCTION = "Memorise the code of every word below. A code will be asked later.\n\n"
 
 
 @TASKS.register("word_codes")
@@ -40,24 +40,24 @@ class WordCodes(Conversation):
                 f"pairs={self.pairs}"
             )
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """New words and codes every time."""
         number = 0
         while True:
-            rng = desk.random("word_codes", number)
+            rng = context.random("word_codes", number)
             words = rng.sample(NOUNS, self.pairs)
             codes = tuple(str(code) for code in rng.sample(range(1000, 10_000), self.pairs))
             lines = [
                 f"The code of {word} is {code}." for word, code in zip(words, codes, strict=True)
             ]
             if self.tokens:
-                body = desk.haystack(rng, self.tokens, [(rng.random(), line) for line in lines])
+                body = context.haystack(rng, self.tokens, [(rng.random(), line) for line in lines])
             else:
                 body = "\n".join(lines)
             asked = rng.sample(range(self.pairs), self.asked)
             probes = tuple(_probe(words[place], codes, place) for place in asked)
             facts = {"pairs": self.pairs, "length": self.tokens}
-            yield Item(f"codes-{number}", _TELL + body, _TELL, probes, facts=facts)
+            yield Item(f"codes-{number}", _INSTRUCTION + body, _INSTRUCTION, probes, facts=facts)
             number += 1
 
 
