@@ -7,7 +7,6 @@ with the full cache's on the same text.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.report import Report
+from kvhive.comparison.clock import seconds_when_done
 from kvhive.comparison.survivors import Survivors
 from kvhive.inference.generation import check_length, decode, end_tokens, read
 from kvhive.inference.modes import QUESTION_MODES, QuestionMode
@@ -218,7 +218,7 @@ class _Comparison:
         return _Generated([token for token, _ in pairs], [step for _, step in pairs], seconds)
 
     def _seconds(self) -> float:
-        return time.perf_counter()
+        return seconds_when_done(self.model.device)
 
     def _distances(
         self, cache: HiveCache, logits: Tensor, own: _Generated, reference: _Generated
