@@ -38,7 +38,7 @@ TEXTS = {
     "book": ("books/books.jsonl.gz", "text"),
     "news": ("multi_news/longbench_subset.jsonl.gz", "article"),
 }
-BUZZ_VARIANTS = ("buzz(history=log)", "buzz(variant=no_max)", "buzz(positions=original)")
+BUZZ_VARIANTS = ("buzz(variant=no_max)", "buzz(positions=original)")
 
 
 def read_texts(files: list[Path]) -> dict[str, str]:

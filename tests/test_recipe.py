@@ -80,8 +80,8 @@ def test_knobs_that_add_up_to_a_budget_need_none() -> None:
 @pytest.mark.parametrize("rest", ["", "@0.4", "@512", "@0.123456789", "@1.0"])
 def test_every_policy_survives_its_printing(name: str, rest: str) -> None:
     sizing = POLICIES[name]().sizing
-    sizes_itself = sizing.alone is not None or not sizing.budgeted
-    if (rest and not sizing.budgeted) or (not rest and not sizes_itself):
+    sized = not sizing.budgeted or sizing.alone is not None or sizing.implied is not None
+    if not (sizing.budgeted if rest else sized):
         with pytest.raises(ValueError, match="budget"):
             Recipe.parse(name + rest)
     else:
@@ -243,7 +243,7 @@ def test_garbage_is_always_a_value_error(pieces: list[str], start: str) -> None:
 def test_policies_refuse_what_the_form_cannot_see() -> None:
     for policy, knobs in (
         (Buzz, {"stride": 2}),
-        (BuzzLog, {"threshold": 9}),
+        (BuzzLog, {"cells": 0}),
         (H2O, {"recent": -1}),
         (StreamingLLM, {"sink": -1}),
     ):

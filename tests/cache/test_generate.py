@@ -28,7 +28,7 @@ from tests.support import (
 
 NEW = 24
 RECIPES = ("full", "buzz@4096", "h2o@4096", "streaming_llm@4096")
-SMALL = ("buzz@24", "h2o@24", "streaming_llm@24", "window@24", "buzz(history=log)@24")
+SMALL = ("buzz@24", "h2o@24", "streaming_llm@24", "window@24", "buzz_log@24")
 
 
 def both(

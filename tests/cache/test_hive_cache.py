@@ -33,7 +33,10 @@ def test_the_full_cache_costs_its_keys_values_and_positions(model: PreTrainedMod
     read(model, cache, random_ids(1, 100), 100)
     report = cache.report()
     assert report.full_nbytes == 100 * PER_TOKEN
-    assert report.nbytes == 100 * (PER_TOKEN + 2 * 2 * 2)
+    counts = 2 * 2 * 8  # one a layer and KV head; positions are only written down when asked for
+    assert report.nbytes == 100 * PER_TOKEN + counts
+    cache.positions_kept()
+    assert cache.nbytes == 100 * (PER_TOKEN + 2 * 2 * 2) + counts
     assert report.kept.tolist() == [[[100, 100]]] * 2
 
 
@@ -100,14 +103,47 @@ def test_stock_layers_are_counted_too() -> None:
     report = cache.report()
     assert report.layers == (0,)
     assert len(cache.hive_layers()) == 1
-    stock = sum(
-        held.untyped_storage().nbytes()
-        for layer in cache.layers[1:]
-        for held in (layer.keys, layer.values)
-    )
+    held = [(layer.keys, layer.values) for layer in cache.layers[1:]]
+    stock = sum(part.untyped_storage().nbytes() for pair in held for part in pair)
     assert stock > 0
-    assert report.nbytes == stock + cache.hive_layers()[0].nbytes
-    assert report.full_nbytes == stock + 90 * PER_TOKEN // 2
+    counters = report.nbytes - stock - cache.hive_layers()[0].nbytes - cache.progress.nbytes
+    assert 0 <= counters <= 8 * len(held)
+    assert report.full_nbytes == stock + counters + 90 * PER_TOKEN // 2
+
+
+LINEAR = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "head_dim": 8,
+}
+
+
+def test_states_of_linear_layers_are_counted() -> None:
+    """They hold no keys and values, but tensors of their own."""
+    hybrid = tiny("qwen3_next", **LINEAR)
+    cache = HiveCache.for_model(hybrid, "h2o@24")
+    read(hybrid, cache, random_ids(1, 60), 60)
+    found = _bytes_of_tensors(cache.layers[:3])
+    assert found > 0
+    assert cache.nbytes == found + cache.hive_layers()[0].nbytes + cache.progress.nbytes
+
+
+def _bytes_of_tensors(held: object) -> int:
+    """Of all tensors within lists, dictionaries and plain objects."""
+    if isinstance(held, torch.Tensor):
+        return held.untyped_storage().nbytes()
+    if isinstance(held, list | tuple):
+        return sum(map(_bytes_of_tensors, held))
+    inside = held if isinstance(held, dict) else getattr(held, "__dict__", {})
+    return sum(map(_bytes_of_tensors, inside.values()))
 
 
 def test_a_recipe_may_be_text_or_object(model: PreTrainedModel) -> None:
@@ -135,7 +171,20 @@ def test_frozen_until_thawed(model: PreTrainedModel) -> None:
         assert same is cache
     with pytest.raises(RuntimeError, match="inside"), cache.freeze():
         raise RuntimeError("inside")
-    assert not any(layer.frozen for layer in cache.hive_layers())
+    assert not cache.progress.frozen
+
+
+def test_freezing_twice_needs_thawing_twice(model: PreTrainedModel) -> None:
+    """The inner block's end leaves the outer one in force."""
+    cache = HiveCache.for_model(model, "window(slack=0)@24")
+    with cache.freeze():
+        read(model, cache, random_ids(1, 60), 60)
+        with cache.freeze():
+            read(model, cache, random_ids(1, 5), 5)
+        read(model, cache, random_ids(1, 5), 5)
+        assert cache.report().tokens_kept == 70
+    read(model, cache, random_ids(1, 1), 1)
+    assert cache.report().tokens_kept == 24
 
 
 def test_room_for_a_turn(model: PreTrainedModel) -> None:

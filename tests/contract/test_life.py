@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvhive.cache.layer import HEADROOM
 from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.layer import HEADROOM
 from tests.contract.recipes import LARGE_SHARES, SELECTIVE, SHARES, SMALL, fullest
 from tests.support import Feeder, kept_sets, random_ids, read
 

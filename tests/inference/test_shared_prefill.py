@@ -21,15 +21,11 @@ def every_recipe() -> list[str]:
     """Each registered policy in some form that runs on a short prompt."""
     forms = []
     for name, policy in POLICIES.items():
-        example = policy()
-        if (
-            not example.sizing.budgeted
-            or example.sizing.implied is not None
-            or example.sizing.alone is not None
-        ):
+        sizing = policy().sizing
+        if not sizing.budgeted or sizing.implied is not None or sizing.alone is not None:
             forms.append(name)
         else:
-            forms.append(f"{name}@{max(48, example.sizing.least + 8)}")
+            forms.append(f"{name}@{max(48, sizing.least + 8)}")
     return forms
 
 
@@ -56,7 +52,7 @@ def same(one: HiveCache, other: HiveCache) -> None:
         for name in ours.policy.columns:
             left, right = ours.slots[name].double(), theirs.slots[name].double()
             assert torch.allclose(left, right, rtol=1e-4, atol=1e-4), name
-        assert ours.seen == theirs.seen
+        assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.nbytes == theirs.nbytes
     assert one.report().full_nbytes == other.report().full_nbytes
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvhive.budget import Budget
 from kvhive.cache.layer import HiveLayer
-from kvhive.kernels import NOTHING, reference
+from kvhive.kernels import Ask, reference
 from kvhive.policies import Policy
 from kvhive.policies.buzz import Buzz
-from kvhive.stores.dense import Dense
+from kvhive.policies.buzz_log import BuzzLog
+from kvhive.step import Step
 
 from ..conformance.playing import Player, make_layer
 
@@ -22,7 +22,7 @@ SCORED = [
     Buzz(**SIZES),
     Buzz(variant="fast", **SIZES),
     Buzz(prefill="streamed", **SIZES),
-    Buzz(history="log", **SIZES),
+    BuzzLog(**SIZES),
 ]
 
 
@@ -109,22 +109,15 @@ def test_within_the_budget_nothing_is_lost(policy: Policy) -> None:
     text, layer = Text(7, 60), make_layer(type(policy)(variant="accum"), 60)
     outputs = [feed(layer, [(text, 0, 37)])]
     outputs += [feed(layer, [(text, i, i + 1)]) for i in range(37, 60)]
-    full, _ = reference.attend(
-        text.queries[None], text.keys[None], text.values[None], 8**-0.5, NOTHING
-    )
+    whole = (text.queries[None], text.keys[None], text.values[None])
+    full, _ = reference.attend(*whole, Ask(Step.plain(0, 60), 8**-0.5))
     torch.testing.assert_close(torch.cat(outputs, dim=2), full, atol=1e-5, rtol=1e-5)
     assert layer.slots.length == 60
 
 
 def test_a_row_within_its_limit_is_not_touched_for_the_sake_of_another() -> None:
     """With slack, a row between target and limit keeps its tokens and its sample of none."""
-    layer = HiveLayer(
-        policy=Buzz(**SIZES),
-        budget=Budget(tokens=20),
-        store=Dense(),
-        spread=lambda tokens, heads: torch.full((heads,), tokens),
-        slack=4,
-    )
+    layer = make_layer(Buzz(**SIZES), 20, slack=4)
     long, short = Text(8, 40), Text(9, 40)
     real = torch.ones(2, 20, dtype=torch.bool)
     real[1, :2] = False
@@ -134,10 +127,10 @@ def test_a_row_within_its_limit_is_not_touched_for_the_sake_of_another() -> None
     assert layer.slots.count.tolist() == [[13, 13], [19, 19]]
 
 
-@pytest.mark.parametrize("history", ["thin", "log"])
-def test_room_is_made_in_the_layer_too(history: Any) -> None:
+@pytest.mark.parametrize("method", [Buzz, BuzzLog])
+def test_room_is_made_in_the_layer_too(method: type[Buzz | BuzzLog]) -> None:
     """More than the budget can be asked for: sinks and window are left, and the turn goes on."""
-    layer, text = make_layer(Buzz(history=history, **SIZES), 20), Text(10, 90)
+    layer, text = make_layer(method(**SIZES), 20), Text(10, 90)
     feed(layer, [(text, 0, 20)])
     layer.make_room(5)
     assert int(layer.slots.count.max()) <= 15
@@ -152,13 +145,13 @@ def test_room_is_made_in_the_layer_too(history: Any) -> None:
     assert layer.slots.position[0, :, :2].tolist() == [[0, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("history", ["thin", "log"])
+@pytest.mark.parametrize("method", [Buzz, BuzzLog])
 @pytest.mark.parametrize(("budget", "sinks"), [(48, [0, 1, 2, 3]), (31, [0])])
 def test_making_room_leaves_the_recipe_its_sinks(
-    history: Any, budget: int, sinks: list[int]
+    method: type[Buzz | BuzzLog], budget: int, sinks: list[int]
 ) -> None:
     """One sink below a budget of 32: the recipe's, not what is left of it for the moment."""
-    layer, text = make_layer(Buzz(history=history), budget), Text(10, 160)
+    layer, text = make_layer(method(), budget), Text(10, 160)
     feed(layer, [(text, 0, 100)])
     for turn in (budget - 24, 1000):
         layer.make_room(turn)

@@ -1,4 +1,4 @@
-"""BUZZ with `history="log"`: the rule against an oracle, and its logarithmic bound."""
+"""BUZZ with a logarithmic history: the rule against an oracle, and its logarithmic bound."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvhive.cache.layer import HiveLayer
 from kvhive.kernels import Observed
-from kvhive.policies.buzz import Buzz, generations
+from kvhive.policies.buzz_log import BuzzLog, generations
 from kvhive.recipe import Recipe
-from kvhive.stores.dense import Dense
+from tests.support import make_layer
 
 from .oracles import SlowLog
 from .rig import Rig, small_numbers
 from .test_buzz import CHUNKS, SEEDS
 
 SIZES = {"sink": st.integers(0, 4), "window": st.integers(1, 7), "stride": st.integers(1, 5)}
-
-
-def log_policy(**knobs: Any) -> Buzz:
-    """`history="log"` with these knobs."""
-    return Buzz(history="log", **knobs)
 
 
 def same_decisions(rig: Rig, slow: list[SlowLog], chunks: list[int]) -> None:
@@ -58,7 +52,7 @@ def test_sizing_itself_it_decides_as_the_oracle(
 ) -> None:
     """Without a budget, by cells and window alone."""
     received = small_numbers(seed, len(chunks), 2, sum(chunks))
-    rig = Rig(log_policy(variant=variant, cells=cells, **sizes), None, received)
+    rig = Rig(BuzzLog(variant=variant, cells=cells, **sizes), None, received)
     flags = {"sums": variant == "accum", "judged": variant != "no_max"}
     slow = [SlowLog(cells=cells, **flags, **sizes) for _ in range(2)]
     same_decisions(rig, slow, chunks)
@@ -85,7 +79,7 @@ def test_in_a_budget_it_decides_as_the_oracle(
     room = 2 * sizes["stride"] + more_room
     budget = sizes["sink"] + sizes["window"] + room
     received = small_numbers(seed, len(chunks), 2, sum(chunks))
-    rig = Rig(log_policy(variant=variant, cells=cells, **sizes), budget, received)
+    rig = Rig(BuzzLog(variant=variant, cells=cells, **sizes), budget, received)
     flags = {"sums": variant == "accum", "judged": variant != "no_max"}
     slow = [SlowLog(cells=cells, room=room, **flags, **sizes) for _ in range(2)]
     same_decisions(rig, slow, chunks)
@@ -96,7 +90,7 @@ def test_in_a_budget_it_decides_as_the_oracle(
 @given(sizes=st.fixed_dictionaries(SIZES), cells=st.integers(1, 5))
 def test_token_by_token_it_keeps_to_its_bound(sizes: dict[str, int], cells: int) -> None:
     """sink + window + cells * (stride + generations) at every token; events are spread out."""
-    rig = Rig(log_policy(variant="no_max", cells=cells, **sizes), None)
+    rig = Rig(BuzzLog(variant="no_max", cells=cells, **sizes), None)
     last, before = -1, 0
     for token in range(400):
         rig.step(1)
@@ -121,7 +115,7 @@ def test_a_cell_is_no_longer_than_its_distance_allows(
     sizes: dict[str, int], cells: int, chunks: list[int], rounds: int
 ) -> None:
     """A cell of generation g spans stride * 2^(g-1) <= stride + distance / (cells - 1) tokens."""
-    rig, stride = Rig(log_policy(variant="no_max", cells=cells, **sizes), None), sizes["stride"]
+    rig, stride = Rig(BuzzLog(variant="no_max", cells=cells, **sizes), None), sizes["stride"]
     for fresh in chunks * rounds:
         rig.step(fresh)
         begin, size = sizes["sink"], int(rig.slots.counters["sample"][0, 0])
@@ -143,7 +137,7 @@ def octaves_represented(held: list[int], seen: int, first: int) -> bool:
 def test_a_million_tokens(variant: Any) -> None:
     """The bound holds, it is logarithmic, and every octave of ages is represented all along."""
     sink, window, cells, stride = 4, 64, 64, 8
-    policy = log_policy(variant=variant, sink=sink, window=window, cells=cells, stride=stride)
+    policy = BuzzLog(variant=variant, sink=sink, window=window, cells=cells, stride=stride)
     rig, chunk, largest = Rig(policy, None), cells * stride, 0
     generator = torch.Generator().manual_seed(7)
     while rig.seen < 1_000_000:
@@ -165,7 +159,7 @@ def test_a_million_tokens(variant: Any) -> None:
 def test_a_million_tokens_in_a_fixed_budget() -> None:
     """Never over it; the cells a generation shrink as generations come up."""
     budget, sink = 768, 4
-    rig = Rig(log_policy(variant="no_max"), budget)
+    rig = Rig(BuzzLog(variant="no_max"), budget)
     while rig.seen < 1_000_000:
         rig.step(1000)
         assert rig.slots.length <= budget
@@ -187,7 +181,7 @@ def test_cells_follow_from_the_budget(budget: int) -> None:
     """All generations together fill three quarters of the room at most, unless that is less than
     one each.
     """
-    rig = Rig(log_policy(variant="no_max"), budget)
+    rig = Rig(BuzzLog(variant="no_max"), budget)
     for fresh in [3 * budget] + [1] * 50 + [5 * budget] * 5:
         rig.step(fresh)
     sink, window = 4, round((budget - 4) * 2 / 7)
@@ -198,14 +192,14 @@ def test_cells_follow_from_the_budget(budget: int) -> None:
 
 def test_a_recipe_needs_cells_and_window_to_do_without_a_budget() -> None:
     """The string form, and the limit a layer then uses."""
-    recipe = Recipe.parse("buzz(history=log, cells=8, window=32)")
+    recipe = Recipe.parse("buzz_log(cells=8, window=32)")
     assert recipe.budget is None
-    layer = HiveLayer(recipe.policy, None, Dense(), lambda budget, heads: torch.zeros(heads))
+    layer = make_layer(recipe)
     keys = torch.randn(1, 2, 1, 4, generator=torch.Generator().manual_seed(3))
     for token in range(300):
         layer.update(keys, keys)
         layer.attend(keys, 0.5)
         assert layer.slots.length <= 4 + 32 + 8 * (5 + generations(token + 1, 5))
     assert layer.slots.length < 150
-    with pytest.raises(ValueError, match="buzz needs a budget"):
-        Recipe.parse("buzz(history=log, cells=8)")
+    with pytest.raises(ValueError, match="buzz_log needs a budget"):
+        Recipe.parse("buzz_log(cells=8)")

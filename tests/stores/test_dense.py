@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvhive.stores import STORES
+from kvhive.kernels import Ask, Needs, reference
+from kvhive.plan import Plan
+from kvhive.step import Step
+from kvhive.stores import STORES, LayerFacts
 from kvhive.stores.dense import DenseStore
 
 
@@ -15,16 +18,25 @@ def fresh(tokens: int, batch: int = 2, heads: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, heads, tokens, 4), torch.randn(batch, heads, tokens, 6)
 
 
-def filled(tokens: int, capacity: int) -> tuple[DenseStore, Tensor, Tensor]:
+def filled(tokens: int, room: int) -> tuple[DenseStore, Tensor, Tensor]:
     """A store with so many tokens, and what they are."""
     store, (keys, values) = DenseStore(), fresh(tokens)
-    store.append(keys, values, capacity)
+    store.append(keys, values, room)
     return store, keys, values
 
 
+def keeping(kept: list[list[list[int]]], length: int) -> Plan:
+    """The plan that keeps these slots, row by row and head by head, of `length`."""
+    keep = torch.zeros(len(kept), len(kept[0]), length, dtype=torch.bool)
+    for row, heads in enumerate(kept):
+        for head, slots in enumerate(heads):
+            keep[row, head, slots] = True
+    return Plan.keeping(keep)
+
+
 def test_it_begins_empty() -> None:
-    store = STORES["dense"]().new()
-    assert (store.length, store.capacity, store.nbytes) == (0, 0, 0)
+    store = STORES["dense"]().new(LayerFacts(), [])
+    assert (store.length, store.room, store.nbytes) == (0, 0, 0)
 
 
 def test_a_prompt_is_held_apart_from_the_tensors_it_came_in() -> None:
@@ -35,7 +47,7 @@ def test_a_prompt_is_held_apart_from_the_tensors_it_came_in() -> None:
     values.zero_()
     assert torch.equal(store.keys, written[0])
     assert torch.equal(store.values, written[1])
-    assert (store.length, store.capacity) == (9, 9)
+    assert (store.length, store.room) == (9, 9)
 
 
 def test_a_slice_of_something_larger_is_copied() -> None:
@@ -47,16 +59,16 @@ def test_a_slice_of_something_larger_is_copied() -> None:
     assert store.nbytes == both.numel() * 4
 
 
-@pytest.mark.parametrize("capacity", [9, 10, 14, 40])
-def test_appending_keeps_what_was_there(capacity: int) -> None:
-    store, keys, values = filled(9, capacity)
+@pytest.mark.parametrize("room", [9, 10, 14, 40])
+def test_appending_keeps_what_was_there(room: int) -> None:
+    store, keys, values = filled(9, room)
     for tokens in (1, 3, 1):
         new_keys, new_values = fresh(tokens)
-        room = max(capacity, store.length + tokens)
-        before = store.capacity
-        store.append(new_keys, new_values, room)
+        wanted = max(room, store.length + tokens)
+        before = store.room
+        store.append(new_keys, new_values, wanted)
         keys, values = torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2)
-        assert store.capacity == room >= before
+        assert store.room == wanted >= before
         assert torch.equal(store.keys, keys)
         assert torch.equal(store.values, values)
 
@@ -72,22 +84,21 @@ def test_decoding_writes_in_place() -> None:
 
 def test_compaction_keeps_slots_head_by_head() -> None:
     store, keys, values = filled(9, 9)
-    index = torch.tensor([[[0, 8], [3, 4], [-1, 7]], [[1, 2], [-1, -1], [5, 6]]])
-    store.compact(index, 5)
-    assert (store.length, store.capacity) == (2, 5)
+    kept = [[[0, 8], [3, 4], [7]], [[1, 2], [], [5, 6]]]
+    store.compact(keeping(kept, 9), 5)
+    assert (store.length, store.room) == (2, 5)
     for row in range(2):
         for head in range(3):
-            for place, source in enumerate(index[row, head].tolist()):
-                if source >= 0:
-                    assert torch.equal(store.keys[row, head, place], keys[row, head, source])
-                    assert torch.equal(store.values[row, head, place], values[row, head, source])
+            for place, source in enumerate(reversed(kept[row][head]), 1):
+                assert torch.equal(store.keys[row, head, -place], keys[row, head, source])
+                assert torch.equal(store.values[row, head, -place], values[row, head, source])
     assert store.nbytes == 2 * 3 * 5 * (4 + 6) * 4
 
 
 def test_compaction_frees_the_prompt() -> None:
     store, keys, _ = filled(90, 90)
     before = store.nbytes
-    store.compact(torch.arange(10).expand(2, 3, 10), 12)
+    store.compact(keeping([[[*range(10)]] * 3] * 2, 90), 12)
     assert store.nbytes == before * 12 // 90
     assert store.keys.data_ptr() != keys.data_ptr()
 
@@ -110,13 +121,28 @@ def test_everything_can_be_forgotten() -> None:
     assert torch.equal(store.values, values)
 
 
-def test_spare_room_can_be_read() -> None:
+def test_keys_can_be_taken_out_and_put_back() -> None:
     store, keys, values = filled(9, 20)
-    wide_keys, wide_values = store.read(16)
-    assert wide_keys.shape[2] == wide_values.shape[2] == 16
-    assert torch.equal(wide_keys[:, :, :9], keys)
-    assert torch.equal(wide_values[:, :, :9], values)
-    assert bool(wide_keys.isfinite().all())
+    marked = torch.rand(2, 3, 9) < 0.4
+    taken = store.take_keys(marked)
+    assert torch.equal(taken, keys[marked])
+    store.put_keys(marked, 2 * taken)
+    assert torch.equal(store.keys, torch.where(marked[..., None], 2 * keys, keys))
+    assert torch.equal(store.view()[1], values)
+
+
+@pytest.mark.parametrize("fresh_tokens", [1, 4])
+def test_it_attends_and_reports_what_the_reference_does(fresh_tokens: int) -> None:
+    store, keys, values = filled(9, 20)
+    query = torch.randn(2, 6, fresh_tokens, 4)
+    ask = Ask(Step.plain(9 - fresh_tokens, fresh_tokens), 0.5, Needs(columns="sum"))
+    expected, told = reference.attend(query, keys, values, ask)
+    out, seen = store.attend(query, ask)
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert told.columns is not None
+    for report in (seen, store.report(query, ask)):
+        assert report.columns is not None
+        assert torch.allclose(report.columns, told.columns, atol=1e-5)
 
 
 def test_rows_are_selected_and_repeated() -> None:
@@ -124,11 +150,4 @@ def test_rows_are_selected_and_repeated() -> None:
     store.select_rows(torch.tensor([1, 1, 0]))
     assert torch.equal(store.keys, keys[[1, 1, 0]])
     assert torch.equal(store.values, values[[1, 1, 0]])
-    assert store.capacity == 6
-
-
-def test_moving_between_devices_keeps_all() -> None:
-    store, keys, _ = filled(4, 6)
-    store.to("cpu")
-    assert torch.equal(store.keys, keys)
-    DenseStore().to("cpu")
+    assert store.room == 6

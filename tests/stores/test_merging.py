@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvhive.plan import Plan
+from kvhive.stores import LayerFacts
 from kvhive.stores.dense import Dense
 from kvhive.stores.merging import fold
 
@@ -60,15 +62,15 @@ def test_many_small_ones_do_not_vanish_beside_a_large_one() -> None:
 
 
 def test_the_dense_store_folds_keys_and_values_of_slots_in_use() -> None:
-    store = Dense().new()
+    store = Dense().new(LayerFacts(), [])
     keys, values = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 6)
     original = keys.clone(), values.clone()
-    store.append(keys, values, capacity=20)
+    store.append(keys, values, room=20)
     into = random_targets(2, 3, 9, seed=5)
-    store.merge(into)
-    for held, written in zip((store.keys, store.values), original, strict=True):
-        torch.testing.assert_close(held, slow_fold(written, into))
+    keep = torch.zeros(2, 3, 9, dtype=torch.bool)
+    keep[..., [0, 4, 8]] = True
+    store.compact(Plan.keeping(keep, into), room=7)
     assert torch.equal(keys, original[0]), "what the model holds is left alone"
-    store.compact(torch.tensor([0, 4, 8]).expand(2, 3, 3), capacity=7)
-    torch.testing.assert_close(store.keys, slow_fold(original[0], into)[:, :, [0, 4, 8]])
-    assert store.capacity == 7
+    for held, written in zip((store.keys, store.values), original, strict=True):
+        torch.testing.assert_close(held, slow_fold(written, into)[:, :, [0, 4, 8]])
+    assert (store.length, store.room) == (3, 7)

@@ -195,18 +195,18 @@ class HiveLayer(CacheLayerMixin):
         self.appended += step.fresh
 
     def _ask(self, step: Step, scale: float, needs: Needs) -> Ask:
-        self._scale = scale
         return Ask(step, scale, needs, self.slots.valid if self.slots.holes else None)
 
     def _reported(self, pending: Pending) -> Observed:
         """What attention would have reported of tokens that are the last in the store."""
         if pending.query is None:
-            return Observed(pending.step.fresh)
+            return Observed(pending.step.fresh, scale=pending.scale)
         ask = self._ask(pending.step, pending.scale, self.policy.needs)
         return self.store.report(pending.query, ask)
 
     def _conclude(self, step: Step, seen: Observed) -> None:
         """Let the policy take notice, and evict."""
+        self._scale = seen.scale
         if seen.queries is not None:
             seen = replace(seen, rotation=self.written)
         self.policy.observe(self.slots, seen)

@@ -98,8 +98,7 @@ def _conclude(
     recorded: int,
     left: int,
 ) -> None:
-    """Take all `recorded` tokens back but a prompt's, and let the first `left` of them come again.
-    """
+    """Take all `recorded` tokens back but a prompt's, and let the first `left` of them come again."""
     prompt = 0 if steps[0][0].drafted else min(steps[0][0].step.fresh, left)
     _truncate(layers, recorded - prompt)
     if prompt:

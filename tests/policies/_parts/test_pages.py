@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvhive.plan import Plan
 from kvhive.policies._parts import pages
-from kvhive.slots import Column, Slots, packed_index
+from kvhive.slots import Column, Slots
+from kvhive.step import Step
 
 
 def slow_free(
@@ -82,10 +84,9 @@ def test_layers_side_by_side_come_apart_again() -> None:
     slots = []
     for layer, (heads, size) in enumerate([(2, 7), (2, 9), (1, 4)]):
         held = Slots(1, heads, {"score": Column()}, {}, torch.device("cpu"))
-        held.append(0, 10, 10)
+        held.append(Step.plain(0, 10), 10)
         held["score"].copy_(100.0 * layer + torch.arange(10.0))
-        index, holes = packed_index((torch.arange(10) < size).expand(1, heads, 10))
-        held.compact(index, size, holes)
+        held.compact(Plan.keeping((torch.arange(10) < size).expand(1, heads, 10)), size)
         slots.append(held)
     position, score = pages.side_by_side(slots, "score")
     assert position.shape == score.shape == (1, 5, 9)
