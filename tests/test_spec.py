@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -60,16 +59,6 @@ class Pair(Spec):
             raise ValueError(f"pair: low must be at most high, got {self.low} and {self.high}")
 
 
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without the type checks of the test run, as users have it."""
-    config = jaxtyping.config
-    before = config.jaxtyping_disable
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", before)
-
-
 @pytest.mark.parametrize(
     ("text", "thing"),
     [
@@ -90,6 +79,7 @@ def unchecked() -> Iterator[None]:
         ("thing(note='it\\'s')", Thing(note="it's")),
         ("thing(note=5)", Thing(note="5")),
         ("thing(note=true)", Thing(note="true")),
+        (f"thing(note={'7' * 5000})", Thing(note="7" * 5000)),
         ("thing(names=['a b', 'c,'])", Thing(names=("a b", "c,"))),
     ],
 )
@@ -126,8 +116,10 @@ def test_every_spelling_is_read(text: str, thing: Thing) -> None:
         ("thing(steps=[1, 'a'])", r"steps must be a list of whole numbers, .* got \(1, 'a'\)"),
         ("thing(steps=[])", r"steps must be a list of whole numbers, .* got \(\)"),
         ("thing(steps=[2, 0])", "thing: steps must be at least 1, got 0"),
+        (f"thing(limit={'[' * 3000})", r"cannot read"),
+        (f"thing(limit={'x' * 3000})", r"limit must be a whole number or none, got 'x{99}\.\.\.$"),
         (f"thing(limit={2**63})", r"limit must be between -2\*\*63 and 2\*\*63 - 1, got 92233"),
-        (f"thing(limit={'9' * 5000})", "limit must be at most 1,000 characters long, got 5,000"),
+        (f"thing(limit={'9' * 5000})", r"limit must be between .*, got a number of 5,000 digits"),
         ("thing(shape=round)", r"thing\(shape=round\) has a name of its own now: write ball"),
         ("thing(shape='round')", r"thing\(shape=round\) has a name of its own now: write ball"),
         ("thing(shape=square)", "thing has no knob 'shape'"),
@@ -155,7 +147,6 @@ def test_methods_with_a_new_name_say_so(registry, text: str, sentence: str) -> N
         assert set(one.renamed.values()) <= set(registry)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_objects_are_checked_as_texts_are() -> None:
     for knobs, sentence in (
         ({"count": True}, "thing: count must be a whole number, got True"),
@@ -163,14 +154,13 @@ def test_objects_are_checked_as_texts_are() -> None:
         ({"count": 0}, "thing: count must be between 1 and 9, got 0"),
         ({"size": float("nan")}, "thing: size must be a finite number, got nan"),
         ({"size": np.float32("inf")}, "thing: size must be a finite number, got inf"),
-        ({"limit": 10**5000}, r"limit must be between .* got one of 16,610 bits"),
+        ({"limit": 10**5000}, r"limit must be between .* got a number of 16,610 bits"),
         ({"note": 5}, "thing: note must be a text, got 5"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Thing(**knobs)  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_values_of_other_libraries_are_held_as_plain_ones() -> None:
     given: dict[str, Any] = {
         "count": np.int64(4),
@@ -269,9 +259,10 @@ def test_what_is_printed_is_read_again(registry, name: str, draw: st.DataObject)
 
 
 @pytest.mark.parametrize(("registry", "name"), REGISTERED)
-@pytest.mark.usefixtures("unchecked")
 def test_every_spec_checks_every_knob(registry, name: str) -> None:
     """A `__post_init__` that leaves out its base's would let these pass."""
     for one in registry[name].knobs():
+        spec = registry[name]()
+        object.__setattr__(spec, one.name, {"neither": "number nor text"})
         with pytest.raises(ValueError, match=f"{name}: {one.name} must be"):
-            registry[name](**{one.name: {"neither": "number nor text"}})
+            spec.__post_init__()

@@ -18,7 +18,7 @@ from kvhive.kinds import fits, in_words, literal, plain
 from kvhive.registry import Registry, did_you_mean
 
 FORM = "name(knob=value, ...)"
-LONGEST = 1000  # characters of a value that are read: beyond, Python's own reader gives up
+INT64 = "between -2**63 and 2**63 - 1"
 _RULE = "kvhive"  # where a field's metadata holds what `knob` was told
 _NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*")
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)
@@ -48,9 +48,9 @@ class Knob:
         each = value if isinstance(value, tuple) else (value,)
         for one in each:
             if type(one) is int and not -(2**63) <= one < 2**63:
-                raise self._refusal(owner, "between -2**63 and 2**63 - 1", _shown(one))
+                raise self._refusal(owner, INT64, _number(one))
         if not fits(value, self.kind) or (each == () and self.default != ()):
-            raise self._refusal(owner, in_words(self.kind), repr(value))
+            raise self._refusal(owner, in_words(self.kind), _shortened(repr(value)))
         for one in each:
             self._check_range(owner, one)
         return value
@@ -58,14 +58,13 @@ class Knob:
     def read(self, owner: str, text: str) -> Any:
         """The value that `text` means: a Python literal, true, false, none, or a bare word.
 
-        Raises `ValueError` as `check` does, and for a text of more than 1,000 characters.
+        Raises `ValueError` as `check` does.
         """
-        if len(text) > LONGEST:
-            most = f"at most {LONGEST:,} characters long"
-            raise self._refusal(owner, most, f"{len(text):,} characters")
         meanings = [literal(text), text, text.lower()]
-        fitting = (value for value in meanings if fits(plain(value), self.kind))
-        return self.check(owner, next(fitting, meanings[0]))
+        fitting = [value for value in meanings if fits(plain(value), self.kind)]
+        if not fitting and text.lstrip("+-").isdigit() and len(text) > 20:
+            raise self._refusal(owner, INT64, f"a number of {len(text):,} digits")
+        return self.check(owner, [*fitting, *meanings][0])
 
     def spell(self, value: object, as_python: bool = False) -> str:
         """The text that `read` takes for `value`; as_python: as a Python literal."""
@@ -80,7 +79,7 @@ class Knob:
 
     def _check_range(self, owner: str, one: object) -> None:
         if self.among and isinstance(one, str) and one not in self.among:
-            raise self._refusal(owner, f"one of {', '.join(self.among)}", repr(one))
+            raise self._refusal(owner, f"one of {', '.join(self.among)}", _shortened(repr(one)))
         if isinstance(one, bool) or not isinstance(one, int | float):
             return
         if not math.isfinite(one):
@@ -243,7 +242,11 @@ def _tokens(text: str) -> Iterator[tuple[str, int, int]]:
         yield match[0], match.end(), depth
 
 
-def _shown(number: int) -> str:
+def _number(number: int) -> str:
     """A number of any size: Python refuses to write one of more than 4,300 digits."""
     size = number.bit_length()
-    return str(number) if size <= 128 else f"one of {size:,} bits"
+    return str(number) if size <= 128 else f"a number of {size:,} bits"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}..."
