@@ -29,13 +29,13 @@ demo: $(VENV)/demo.stamp ## compare four recipes on examples/demo.md, also as re
 		--threads 1 --html report.html
 
 test: $(VENV)/dev.stamp ## run all tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 check: $(VENV)/dev.stamp ## lint, formatting, types and all tests: what CI runs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 bench: $(VENV)/demo.stamp ## measure speed and memory
 	$(BIN)/python benchmarks/speed.py --prompt 4096 --new 128 --recipe full --recipe buzz@0.4

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import fields
 
-import jaxtyping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,16 +176,6 @@ def test_one_sentence_for_what_cannot_work(text: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence.replace("\\\\", "\\")) as refusal:
         Recipe.parse(text)
     assert "\n" not in str(refusal.value)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without the type checks of the test run, as users have it."""
-    config = jaxtyping.config
-    before = config.jaxtyping_disable
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ class Slots:
         """Forget the newest slots beyond `length`, which leave no trace."""
         dropped = self.length - length
         if self.holes and dropped:
+            self._write_positions()
             newest = self._position[:, :, length : self.length] >= 0
             self._tally = self.tally - newest.sum(-1).cpu()
         else:

@@ -19,6 +19,17 @@ def small_numbers(seed: int, *shape: int) -> Tensor:
     return torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
+def rows_of(position: Tensor) -> Step:
+    """A step whose rows differ; position: int64 `[b, fresh]`, -1 for padding."""
+    real = position >= 0
+    return Step("prefill", position.shape[1], position, int(position.max()), real.sum(1), real)
+
+
+def kept(policy: Policy, slots: Slots, budget: Tensor, held: Held = NOTHING_TO_SCORE) -> Tensor:
+    """bool `[b, K, n]`: what a policy keeps of the slots; budget int64 `[b, K]`."""
+    return policy.choose(slots, budget, policy.score(slots, held)).keep
+
+
 class Rig:
     """Slots and a policy at work, without keys, values or kernel.
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Observed
+from kvhive.kernels import Observed, Rows
 from kvhive.policies import Policy
+from kvhive.step import Step
 
 from .rig import Rig
+
+BLOCK = 5  # rows handed over together
 
 
 class RowRig(Rig):
@@ -26,7 +29,7 @@ class RowRig(Rig):
     def step(self, fresh: int) -> None:
         """Append, attend, observe, evict."""
         slots = self.slots
-        slots.append(self.seen, fresh, slots.length + fresh)
+        slots.append(Step.plain(self.seen, fresh), slots.length + fresh)
         weights = self.attend(fresh)
         self.rows = [
             {
@@ -36,8 +39,8 @@ class RowRig(Rig):
             for held, head in zip(self.spread(slots.position[0]), weights[0], strict=True)
         ]
         self.seen += fresh
-        rows = weights[:, :, max(0, fresh - self.policy.needs.last_rows) :]
-        self.policy.observe(slots, Observed(fresh=fresh, rows=rows))
+        last = weights[:, :, max(0, fresh - self.policy.needs.last_rows) :]
+        self.policy.observe(slots, Observed(fresh=fresh, rows=in_blocks(last)))
         self.steps += 1
         self.evict(self.limit)
 
@@ -57,6 +60,11 @@ class RowRig(Rig):
         logits = self.logits[:, query].gather(2, held)
         hidden = (position[:, None] < 0) | (position[:, None] > query[None, :, None])
         return logits.masked_fill(hidden, float("-inf")).softmax(-1)[None]
+
+
+def in_blocks(rows: Tensor, size: int = BLOCK) -> Rows:
+    """Rows of probabilities `[b, H, r, n]` as a kernel reports them: some at a time."""
+    return Rows(rows.shape[2], lambda start, stop: rows[:, :, start:stop], size)
 
 
 def random_logits(seed: int, heads: int, tokens: int, sharpness: float = 2.0) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvhive.policies.buzz import Buzz
+from kvhive.policies.buzz_log import BuzzLog
 from kvhive.recipe import Recipe
 
 from .rig import Rig, small_numbers
@@ -39,14 +41,16 @@ def test_a_budget_is_split_in_the_references_proportions(
             "window": st.integers(1, 60),
             "threshold": st.integers(12, 60),
             "stride": st.integers(3, 6),
-            "history": st.sampled_from(["thin", "log"]),
         },
     ),
+    method=st.sampled_from([Buzz, BuzzLog]),
     above=st.integers(0, 40),
 )
-def test_every_budget_that_is_let_through_works(knobs: dict[str, Any], above: int) -> None:
+def test_every_budget_that_is_let_through_works(
+    knobs: dict[str, Any], method: type[Buzz | BuzzLog], above: int
+) -> None:
     """From the least budget upwards: never over it, window and sinks kept, whatever is left out."""
-    policy = Buzz(variant="no_max", **knobs)
+    policy = method(variant="no_max", **knobs)
     implied = policy.sizing.implied
     budget = policy.sizing.least + above if implied is None else implied
     assert budget >= policy.sizing.least
@@ -79,17 +83,20 @@ def test_matching_the_mean_raises_the_peak() -> None:
     sizes=st.fixed_dictionaries(SIZES),
     prompt=st.integers(1, 120),
     turn=st.integers(0, 60),
-    history=st.sampled_from(["thin", "log"]),
+    method=st.sampled_from([Buzz, BuzzLog]),
     seed=SEEDS,
 )
 def test_room_can_be_made_for_any_turn(
-    sizes: dict[str, Any], prompt: int, turn: int, history: Any, seed: int
+    sizes: dict[str, Any], prompt: int, turn: int, method: type[Buzz | BuzzLog], seed: int
 ) -> None:
-    """Down to the sinks alone, always with the newest tokens, and the cache goes on afterwards."""
+    """Down to the sinks alone, always with the newest tokens, and the cache goes on afterwards.
+
+    The history is counted right all along: with nothing left of it, no token is of a generation.
+    """
     sizes = sizes | {"threshold": sizes["threshold"] + 14}
     budget, after = budget_of(sizes), 40
     received = small_numbers(seed, 1 + after, 2, prompt + after)
-    rig = fed(Rig(Buzz(history=history, **sizes), budget, received), [prompt])
+    rig = fed(Rig(method(**sizes), budget, received), [prompt])
     rig.evict(budget - turn)
     for held in rig.positions:
         assert len(held) <= max(budget - turn, sizes["sink"])
@@ -97,6 +104,9 @@ def test_room_can_be_made_for_any_turn(
         if newest > 0:
             assert held[-newest:] == list(range(prompt - newest, prompt))
     for _ in range(after):
+        if method is BuzzLog:
+            history = (rig.slots["level"] > 0).sum(-1)
+            assert torch.equal(rig.slots.counters["sample"].long(), history)
         rig.step(1)
         for held in rig.positions:
             assert len(held) <= budget
@@ -112,11 +122,7 @@ def test_room_can_be_made_for_any_turn(
         ({"stride": 2}, "stride must be at least 3, got 2; .* grows for ever"),
         ({"stride": 0, "allow_unbounded": True}, "stride must be at least 1"),
         ({"stride": 2, "allow_unbounded": True, "prefill": "streamed"}, "needs a stride of 3"),
-        ({"cells": 3}, "cells=3 is for history='log' only"),
         ({"match": "mean", "window": 9}, "match='mean' sizes window"),
-        ({"history": "log", "drain": False}, "drain is for history='thin' only"),
-        ({"history": "log", "prefill": "streamed"}, "prefill is for history='thin' only"),
-        ({"history": "log", "threshold": 9}, "threshold of at least 2 \\* stride = 10, got 9"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: str) -> None:
@@ -125,7 +131,25 @@ def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: s
         Buzz(**knobs)
 
 
-@pytest.mark.parametrize("name", ["variant", "prefill", "prefill_stride", "match", "history"])
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("buzz(cells=3)@100", "buzz has no knob 'cells'"),
+        ("buzz_log(drain=false)@100", "buzz_log has no knob 'drain'"),
+        ("buzz_log(prefill=streamed)@100", "buzz_log has no knob 'prefill'"),
+        ("buzz_log(prefill_stride=fit)@100", "buzz_log has no knob 'prefill_stride'"),
+        ("buzz_log(match=mean)@100", "buzz_log has no knob 'match'"),
+        ("buzz_log(allow_unbounded=true)@100", "buzz_log has no knob 'allow_unbounded'"),
+    ],
+)
+def test_settings_of_the_other_history_are_refused(recipe: str, message: str) -> None:
+    """The thinning sample has no cells; cells in generations are neither drained nor fitted."""
+    with pytest.raises(ValueError, match=message):
+        Recipe.parse(recipe)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["variant", "prefill", "prefill_stride", "match"])
 def test_words_that_are_no_choice_are_refused(name: str) -> None:
     """By the knob's own check, or before it by the type checks of the test run."""
     knobs: dict[str, Any] = {name: "nonesuch"}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvhive.kernels import Observed
 from kvhive.policies.buzz_log import BuzzLog, generations
 from kvhive.recipe import Recipe
+from kvhive.step import Step
 from tests.support import make_layer
 
 from .oracles import SlowLog
@@ -141,7 +142,7 @@ def test_a_million_tokens(variant: Any) -> None:
     rig, chunk, largest = Rig(policy, None), cells * stride, 0
     generator = torch.Generator().manual_seed(7)
     while rig.seen < 1_000_000:
-        rig.slots.append(rig.seen, chunk, rig.slots.length + chunk)
+        rig.slots.append(Step.plain(rig.seen, chunk), rig.slots.length + chunk)
         rig.seen += chunk
         columns = torch.rand(1, 1, rig.slots.length, generator=generator)
         policy.observe(rig.slots, Observed(chunk, columns if variant == "fast" else None))
@@ -166,6 +167,17 @@ def test_a_million_tokens_in_a_fixed_budget() -> None:
         if rig.seen % 40_000 == 0:
             assert octaves_represented(rig.positions[0][sink:], rig.seen, 2 * budget)
     assert octaves_represented(rig.positions[0][sink:], rig.seen, 2 * budget)
+
+
+def test_without_room_for_a_cell_nothing_is_history() -> None:
+    """Sinks and the newest tokens stay, and cells among those are plain tokens again."""
+    rig = Rig(BuzzLog(variant="no_max", sink=2, window=4, stride=5), 18)
+    rig.step(42)
+    (before,) = rig.positions
+    assert int(rig.slots["level"][0, 0, len(before) - 7]) > 0, "a cell is among the newest"
+    rig.evict(9)
+    assert rig.positions == [before[:2] + before[-7:]]
+    assert int(rig.slots["level"].max()) == int(rig.slots.counters["sample"].max()) == 0
 
 
 @given(seen=st.integers(0, 10**9), stride=st.integers(1, 50))
@@ -203,3 +215,29 @@ def test_a_recipe_needs_cells_and_window_to_do_without_a_budget() -> None:
     assert layer.slots.length < 150
     with pytest.raises(ValueError, match="buzz_log needs a budget"):
         Recipe.parse("buzz_log(cells=8)")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"sink": -1}, "sink must be at least 0, got -1"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"cells": 0}, "cells must be at least 1, got 0"),
+        ({"threshold": 9}, "threshold must be at least 10, got 9"),
+        ({"threshold": 5, "stride": 3}, "threshold must be at least 6, got 5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: str) -> None:
+    """With the name of the knob, its value and the rule: room for two cells at least."""
+    with pytest.raises(ValueError, match=message):
+        BuzzLog(**knobs)
+    BuzzLog(threshold=10)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_words_that_are_no_choice_are_refused() -> None:
+    """By the knob's own check, or before it by the type checks of the test run."""
+    knobs: dict[str, Any] = {"variant": "nonesuch"}
+    with pytest.raises((ValueError, TypeError), match="variant"):
+        BuzzLog(**knobs)

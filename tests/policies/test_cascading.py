@@ -11,11 +11,12 @@ from kvhive.kernels import Observed
 from kvhive.policies.cascading import Cascading
 from kvhive.recipe import Recipe
 from kvhive.slots import Slots
+from kvhive.step import Step
 from tests.support import Feeder
 
 from ._parts.test_cascade import SlowCascade
 from .oracles import SlowWindow
-from .rig import Rig, small_numbers
+from .rig import Rig, rows_of, small_numbers
 
 STEPS = [30, 1, 1, 1, 9, 1, 1, 25, 1, 1, 1, 1, 40, *[1] * 30]
 
@@ -95,7 +96,7 @@ def test_heads_make_one_score(reduce: str, homogeneous: bool) -> None:
     policy = Cascading(reduce=reduce, homogeneous=homogeneous, beta=0.75)  # type: ignore[arg-type]
     columns = torch.rand(1, 6, 5, generator=torch.Generator().manual_seed(1))
     slots = Slots(1, 2, policy.columns, policy.counters, torch.device("cpu"))
-    slots.append(0, 5, 5)
+    slots.append(Step.plain(0, 5), 5)
     slots["score"].fill_(8.0)
     policy.observe(slots, Observed(fresh=2, columns=columns))
     for head in range(2):
@@ -110,7 +111,7 @@ def test_padding_fades_no_score() -> None:
     """A row that says less in a step fades less."""
     policy = Cascading(beta=0.5)
     slots = Slots(2, 1, policy.columns, policy.counters, torch.device("cpu"))
-    slots.append(torch.tensor([[0, 1, 2, 3], [-1, -1, -1, 0]]), 4, 4)
+    slots.append(rows_of(torch.tensor([[0, 1, 2, 3], [-1, -1, -1, 0]])), 4)
     slots["score"].fill_(16.0)
     policy.observe(slots, Observed(fresh=4, columns=torch.zeros(2, 2, 4)))
     assert slots["score"][:, 0, -1].tolist() == [1.0, 8.0]
@@ -215,6 +216,7 @@ def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: s
         Cascading(**knobs)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_word_that_is_no_choice_is_refused() -> None:
     """By the knob's own check, or before it by the type checks of the test run."""
     knobs: dict[str, Any] = {"reduce": "sum"}

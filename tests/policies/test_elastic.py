@@ -10,7 +10,7 @@ import torch
 
 from kvhive.policies.elastic import Elastic
 from kvhive.recipe import Recipe
-from tests.policies.rig import Rig, small_numbers
+from tests.policies.rig import NOTHING_TO_SCORE, Rig, kept, small_numbers
 from tests.support import Feeder
 
 
@@ -50,15 +50,18 @@ def test_anchors_and_targets_are_the_oracles(
     rig.budget = prompt
     rig.step(prompt)
     limit = torch.full((1, heads), budget)
-    keep = policy.select(rig.slots, limit)
-    into = policy.merge_into(rig.slots, keep)
-    kept, groups = slow_instruction(received[0].sum(0).tolist(), start, budget)
+    choice = policy.choose(rig.slots, limit, policy.score(rig.slots, NOTHING_TO_SCORE))
+    keep, into = choice.keep, choice.into
+    stay, groups = slow_instruction(received[0].sum(0).tolist(), start, budget)
     assert into is not None
     for head in range(heads):
-        assert keep[0, head].nonzero().flatten().tolist() == kept
+        assert keep[0, head].nonzero().flatten().tolist() == stay
         targets = {p: t for p, t in enumerate(into[0, head].tolist()) if t >= 0}
         assert targets == {token: a for a, group in groups.items() for token in group}
-    assert rig.slots.counters["fixed"].unique().tolist() == [budget - 25]
+    assert choice.counters["fixed"].unique().tolist() == [budget - 25]
+    assert rig.slots.counters["fixed"].unique().tolist() == [prompt - 25], (
+        "choosing changes nothing"
+    )
 
 
 def test_heads_can_be_exchanged() -> None:
@@ -238,7 +241,7 @@ def test_heads_with_budgets_of_their_own_share_the_ranking() -> None:
     score = received[0].sum(0)
 
     def cut(first: int, second: int) -> list[list[int]]:
-        keep = policy.select(rig.slots, torch.tensor([[first, second]]))
+        keep = kept(policy, rig.slots, torch.tensor([[first, second]]))
         return [rig.slots.position[0, head][keep[0, head]].tolist() for head in range(2)]
 
     small, large = cut(10, 30)

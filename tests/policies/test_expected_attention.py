@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvhive.budget import Budget
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.layer import HiveLayer
+from kvhive.cache.speculation import crop
 from kvhive.policies._parts.futures import Gaussian
 from kvhive.policies.expected_attention import ExpectedAttention
 from kvhive.rope import Rotation
-from kvhive.stores.dense import Dense
 from tests.support import random_ids, read
+
+from ..conformance import playing
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 ROTATION = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03]))
@@ -52,14 +53,9 @@ class Tape:
 
 def make_layer(policy: ExpectedAttention, budget: int) -> HiveLayer:
     """A layer that knows how its queries were turned."""
-    return HiveLayer(
-        policy,
-        Budget(tokens=budget),
-        Dense(),
-        lambda tokens, heads: torch.full((heads,), tokens),
-        slack=0,
-        written=ROTATION,
-    )
+    layer = playing.make_layer(policy, budget)
+    layer.written = ROTATION
+    return layer
 
 
 def expected(
@@ -170,11 +166,11 @@ def test_queries_that_were_counted_cannot_be_taken_back() -> None:
     tape.feed(layer, 30)
     assert not layer.is_croppable
     with pytest.raises(ValueError, match="voted already"):
-        layer.crop(-1)
+        crop([layer], 1)
     layer.activate_past_recording()
     assert layer.is_croppable
     tape.feed(layer, 5)
-    layer.crop(-2)
+    crop([layer], 2)
     assert layer.slots.state["position"].amax().item() == 32
 
 
@@ -189,7 +185,8 @@ def test_a_prompt_only_form() -> None:
 
 def test_slack_is_larger_than_usual() -> None:
     """An eviction reads every key and multiplies it with a matrix."""
-    assert [ExpectedAttention().slack(budget) for budget in (8, 65, 1024, 8192)] == [1, 8, 128, 128]
+    slack = ExpectedAttention().sizing.slack
+    assert [slack(budget) for budget in (8, 65, 1024, 8192)] == [1, 8, 128, 128]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from kvhive.cache.hive_cache import HiveCache
 from kvhive.policies.kv_compress import KVCompress
 from kvhive.recipe import Recipe
 from kvhive.slots import Slots
+from kvhive.step import Step
 from tests.support import Feeder, divergence, kept_sets, left_padded, random_ids, read
 
 SMALL = "kv_compress(protected_window=6, observed=8, page=4, slack=0)@20"
@@ -39,7 +40,7 @@ def test_votes_are_those_of_the_definition(norm: str, buffer: int, pool: int, bl
     given = probabilities(0, 4, rows, n)
     policy = KVCompress(norm=norm, buffer=buffer, pool=pool, query_block=block)  # type: ignore[arg-type]
     slots = Slots(1, 2, policy.columns, policy.counters, torch.device("cpu"))
-    slots.append(0, n, n)
+    slots.append(Step.plain(0, n), n)
     votes = policy.votes(given, slots, torch.tensor([True]))
     for head in range(4):
         expected = [0.0] * n
@@ -138,7 +139,9 @@ def test_a_fork_evicts_for_itself(model: PreTrainedModel) -> None:
     assert kept_sets(cache) == before
     assert torch.equal(read(model, cache, ids[:, 80:], 1), expected)
     own = {id(layer) for layer in forked.hive_layers()}
-    assert {id(layer) for layer in forked.hive_layers()[-1].earlier} < own
+    assert all({id(peer) for peer in layer.layers} == own for layer in forked.hive_layers())
+    (progress,) = {id(layer.progress) for layer in forked.hive_layers()}
+    assert all(id(layer.progress) != progress for layer in cache.hive_layers())
     assert not own & {id(layer) for layer in copy.copy(cache.hive_layers())}
 
 
@@ -228,9 +231,9 @@ def test_slack_frees_whole_pages_in_reserve(model: PreTrainedModel) -> None:
         if int(cache.report().kept.sum()) < before + 4:
             evictions.append(generated)
     assert 2 <= len(evictions) <= 6
-    assert KVCompress().slack(1024) == 32
-    assert KVCompress().slack(256) == 16
-    assert KVCompress().slack(127) == 0
+    assert KVCompress().sizing.slack(1024) == 32
+    assert KVCompress().sizing.slack(256) == 16
+    assert KVCompress().sizing.slack(127) == 0
 
 
 def test_a_rate_keeps_its_share_of_what_is_older(model: PreTrainedModel) -> None:
@@ -253,7 +256,7 @@ def test_memory_follows_the_longest_head_of_each_layer(model: PreTrainedModel) -
     cache = HiveCache.for_model(model, "kv_compress(observed=8, page=4, protected_window=6)@40")
     read(model, cache, random_ids(1, 400), 300)
     for layer in cache.hive_layers():
-        assert layer.store.capacity <= int(layer.slots.count.max()) + 32
+        assert layer.store.room <= int(layer.slots.count.max()) + 32
 
 
 def test_knobs_are_checked() -> None:

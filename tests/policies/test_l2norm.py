@@ -142,10 +142,10 @@ def test_skipped_layers_are_left_whole(model: PreTrainedModel, stock: PreTrained
 def test_layers_to_skip() -> None:
     """Named from 0; the others keep the policy as it is."""
     policy = L2Norm(skip_layers=(0, 2))
-    kinds: list[Policy] = [policy.for_layer(layer, 4) for layer in range(4)]
+    kinds: list[Policy] = [policy.for_layer(layer, 4, 20) for layer in range(4)]
     assert kinds == [Full(), policy, Full(), policy]
     with pytest.raises(ValueError, match="skip_layers must name layers below 2"):
-        policy.for_layer(0, 2)
+        policy.for_layer(0, 2, 20)
 
 
 @pytest.mark.parametrize(

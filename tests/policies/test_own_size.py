@@ -12,8 +12,8 @@ RECIPES = [
     "corm",
     "corm(history=9, recent=4)",
     "corm(history=12, recent=5, threshold=cache, cap=30, every=3)",
-    "scissorhands(variant=percentile, history=16, recent=4, start=20)",
-    "scissorhands(variant=percentile, history=16, recent=4, start=20, decode=none)",
+    "scissorhands_percentile(history=16, recent=4, start=20)",
+    "scissorhands_percentile(history=16, recent=4, start=20, decode=none)",
     "cascading(sink=2, places=7, eager_fill=false)",
     "cascading(sink=3, places=5, levels=2, strides=[1, 3], reduce=median)",
 ]

@@ -54,13 +54,13 @@ def test_how_the_text_arrives_does_not_matter(steps: list[int]) -> None:
 def test_heads_layers_and_seeds_draw_for_themselves() -> None:
     """No two of them share a sample; the same one draws the same again."""
     drawn = [
-        sample(Random(seed=seed).for_layer(layer, 4), 12, [50], heads=3)
+        sample(Random(seed=seed).for_layer(layer, 4, 12), 12, [50], heads=3)
         for seed in (0, 1)
         for layer in range(4)
     ]
     assert len({tuple(head) for heads in drawn for head in heads}) == 2 * 4 * 3
-    assert sample(Random(seed=1).for_layer(2, 4), 12, [50], heads=3) == drawn[6]
-    assert Random(seed=5).for_layer(0, 4) == Random(seed=5)
+    assert sample(Random(seed=1).for_layer(2, 4, 12), 12, [50], heads=3) == drawn[6]
+    assert Random(seed=5).for_layer(0, 4, 12) == Random(seed=5)
 
 
 def test_a_smaller_budget_keeps_a_part_of_a_larger_ones_sample() -> None:

@@ -89,6 +89,7 @@ def test_uniform_attention_drops_the_oldest() -> None:
         rig.step(fresh)
         held = rig.positions[0]
         assert held == list(range(rig.seen - len(held), rig.seen))
+        assert int(rig.slots["low"].sum()) == 0
     assert len(rig.positions[0]) == 13
 
 
@@ -167,16 +168,6 @@ def test_a_smaller_budget_for_a_turn_is_met() -> None:
         ({"history": 0}, "history must be at least 1, got 0"),
         ({"recent": -1}, "recent must be at least 0, got -1"),
         ({"drop": 0}, "drop must be at least 1, got 0"),
-        ({"start": -3, "variant": "percentile"}, "start must be at least 0, got -3"),
-        (
-            {"keep_fraction": 1.0, "variant": "percentile"},
-            r"keep_fraction must lie in \(0, 1\), got 1.0",
-        ),
-        ({"keep_fraction": 0.2}, "keep_fraction is for variant='percentile' only"),
-        ({"start": 7}, "start is for variant='percentile' only"),
-        ({"decode": "none"}, "decode is for variant='percentile' only"),
-        ({"variant": "percentile", "drop": 3}, "drop is for variant='paper' only"),
-        ({"variant": "percentile", "threshold": "cache"}, "threshold is for variant='paper' only"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: str) -> None:
@@ -185,18 +176,24 @@ def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: s
         Scissorhands(**knobs)
 
 
-@pytest.mark.parametrize("name", ["variant", "threshold", "decode"])
-def test_words_that_are_no_choice_are_refused(name: str) -> None:
+@pytest.mark.parametrize("knob", ["keep_fraction=0.2", "start=7", "decode=none"])
+def test_settings_of_the_released_code_are_refused(knob: str) -> None:
+    """They are for policy `scissorhands_percentile` only."""
+    with pytest.raises(ValueError, match=f"^scissorhands has no knob '{knob.split('=')[0]}'"):
+        Recipe.parse(f"scissorhands({knob})@100")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_word_that_is_no_choice_is_refused() -> None:
     """By the knob's own check, or before it by the type checks of the test run."""
-    knobs: dict[str, Any] = {name: "nonesuch"}
-    with pytest.raises((ValueError, TypeError), match=name):
+    knobs: dict[str, Any] = {"threshold": "nonesuch"}
+    with pytest.raises((ValueError, TypeError), match="threshold"):
         Scissorhands(**knobs)
 
 
-def test_the_papers_policy_needs_a_budget_and_the_released_code_none() -> None:
+def test_the_papers_policy_needs_a_budget() -> None:
     """And a budget that leaves no room beside the recent tokens is refused."""
     with pytest.raises(ValueError, match="scissorhands needs a budget"):
         Recipe.parse("scissorhands")
-    assert Recipe.parse("scissorhands(variant=percentile)").budget is None
     with pytest.raises(ValueError, match="a budget of 19 is below 20"):
         Recipe.parse("scissorhands(recent=8, drop=12)@19")

@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvhive.kernels import reference
+from kvhive.kernels import Ask, reference
 from kvhive.policies.snapkv import SnapKV
+from kvhive.step import Step
 from tests.support import Feeder
 
 from ..conformance.playing import feed, make_layer
 from .dense import check_dense_decoding
+from .rig import NOTHING_TO_SCORE
 from .rows import RowRig, random_logits, random_steps
 
 HEADS, GROUP, TOKENS = 2, 3, 120
@@ -114,9 +116,9 @@ def test_votes_are_rows_of_the_whole_matrix() -> None:
     layer = make_layer(policy, 100)
     feed(layer, keys, queries)
     whole = SnapKV(window=90).needs
-    _, seen = reference.attend(queries, keys, keys, 8**-0.5, whole)
+    _, seen = reference.attend(queries, keys, keys, Ask(Step.plain(0, 90), 8**-0.5, whole))
     assert seen.rows is not None
-    votes = seen.rows[:, :, -16:].sum(2).view(1, HEADS, GROUP, 90).mean(2)
+    votes = seen.rows.all()[:, :, -16:].sum(2).view(1, HEADS, GROUP, 90).mean(2)
     assert torch.allclose(layer.slots["votes"], votes, atol=1e-5)
 
 
@@ -177,7 +179,9 @@ def test_votes_of_the_window_only() -> None:
     assert float(rig.slots["votes"][0, 0, 5]) > 7
     for _ in range(17):
         rig.step(1)
-    score = rig.policy.score(rig.slots, rig.slots.valid)[0, 0]  # type: ignore[attr-defined]
+    scores = rig.policy.score(rig.slots, NOTHING_TO_SCORE)
+    assert scores is not None
+    score = scores[0, 0]
     assert float(score[5]) < 0.1
     assert float(score[11]) > 7
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
-from kvhive.budget import Budget
-from kvhive.cache.layer import HiveLayer
-from kvhive.kernels import Observed
+from kvhive.allocations import Allocation, Shape
+from kvhive.kernels import Observed, Rows
 from kvhive.policies.tova import Tova
 from kvhive.slots import Slots
-from kvhive.stores.dense import Dense
+from kvhive.step import Step
 
-from ..conformance.playing import Player
+from ..conformance.playing import Player, make_layer
+from .rig import rows_of
 from .rows import RowRig, random_logits, random_steps
 
 HEADS, GROUP, TOKENS = 2, 3, 90
@@ -88,15 +90,26 @@ def test_the_order_of_query_heads_does_not_matter() -> None:
         assert rigs[0].positions == rigs[1].positions
 
 
+@dataclass(frozen=True)
+class ByHead(Allocation):
+    """Heads of every layer get these."""
+
+    tokens: tuple[int, ...] = ()
+
+    def shares(self, shape: Shape, budget: int, floor: int) -> Tensor:
+        """As given, whatever the budget."""
+        return torch.tensor(self.tokens).expand(shape.layers, -1)
+
+
 def test_heads_with_unequal_budgets_hold_parts_of_one_another() -> None:
     """An allocation may give heads different budgets: each still keeps the best of the layer."""
-    budgets = torch.tensor([5, 12, 9])
-    layer = HiveLayer(Tova(), Budget(tokens=12), Dense(), lambda tokens, heads: budgets, slack=0)
+    layer = make_layer(Tova(), 9)
+    layer.progress.limits.allocation = ByHead((6, 12, 9))
     player = Player(layer, 3, 70, random_logits(8, 6, 70))
     for fresh in (30, *[1] * 25, 7, *[1] * 8):
         player.advance(fresh)
         few, many, some = ({p for p in head if p >= 0} for head in player.kept.tolist())
-        assert (len(few), len(many), len(some)) == (5, 12, 9)
+        assert (len(few), len(many), len(some)) == (6, 12, 9)
         assert few < some < many
 
 
@@ -104,12 +117,12 @@ def test_a_padded_query_has_no_say() -> None:
     """What the last real query of the row said stays."""
     policy = Tova()
     slots = Slots(2, 1, policy.columns, {}, torch.device("cpu"))
-    slots.append(0, 3, 3)
+    slots.append(Step.plain(0, 3), 3)
     first = torch.tensor([[[0.2, 0.3, 0.5]], [[0.6, 0.3, 0.1]]])
-    policy.observe(slots, Observed(fresh=3, rows=first[:, :, None]))
-    slots.append(torch.tensor([[3], [-1]]), 1, 4)
+    policy.observe(slots, Observed(fresh=3, rows=Rows.of(first[:, :, None])))
+    slots.append(rows_of(torch.tensor([[3], [-1]])), 4)
     second = torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.0, 0.0, 0.0, 0.0]]])
-    policy.observe(slots, Observed(fresh=1, rows=second[:, :, None]))
+    policy.observe(slots, Observed(fresh=1, rows=Rows.of(second[:, :, None])))
     expected = torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.6, 0.3, 0.1, 0.0]]])
     assert torch.equal(slots["attention"], expected)
 

@@ -13,9 +13,9 @@ from transformers.cache_utils import CacheLayerMixin
 from kvhive.cache.eviction import Eviction, plan_together
 from kvhive.cache.handoff import offer
 from kvhive.cache.modes import plain
+from kvhive.cache.pending import Pending
 from kvhive.cache.positions import Turning
 from kvhive.cache.progress import Progress
-from kvhive.cache.speculation import Pending
 from kvhive.kernels import NOTHING, Ask, Held, Needs, Observed
 from kvhive.model.facts import ModelFacts, facts_of
 from kvhive.plan import Plan

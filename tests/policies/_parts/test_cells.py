@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvhive.policies._parts.cells import (
-    Regions,
     ceil_div,
     close_cells,
     event,
@@ -19,8 +18,9 @@ from kvhive.policies._parts.cells import (
     tokens_seen,
     winners,
 )
+from kvhive.policies._parts.regions import Regions
 from kvhive.slots import Slots
-from tests.policies.rig import small_numbers
+from tests.policies.rig import rows_of, small_numbers
 
 SEEDS = st.integers(0, 10**6)
 
@@ -194,5 +194,5 @@ def test_division_rounds_up() -> None:
 def test_tokens_seen_ignores_padding_behind() -> None:
     """The newest token counts, even when the newest slot is empty."""
     slots = Slots(2, 1, {}, {}, torch.device("cpu"))
-    slots.append(torch.tensor([[-1, 0, 1, 2], [0, 1, -1, -1]]), 4, 4)
+    slots.append(rows_of(torch.tensor([[-1, 0, 1, 2], [0, 1, -1, -1]])), 4)
     assert tokens_seen(slots).tolist() == [[3], [2]]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvhive.policies._parts import endorsement
 from kvhive.policies._parts.endorsement import Rule, endorse
-from kvhive.policies.scissorhands import Scissorhands
+from kvhive.policies.scissorhands_percentile import ScissorhandsPercentile
 from kvhive.slots import Column, Slots
+from kvhive.step import Step
 from tests.support import Feeder
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_every_query_sees_what_a_loop_says(rule: Rule, group: int) -> None:
     tokens = 2 * endorsement.BLOCK + 9
     query, keys = drawn(group, 2 * group, 2, tokens)
     slots = Slots(1, 2, {"endorsed": Column(torch.int32)}, {}, CPU)
-    slots.append(0, tokens, tokens)
+    slots.append(Step.plain(0, tokens), tokens)
     seen = torch.stack([*endorse(rule, slots, slots["endorsed"], query, keys, 0.5)], 2)
     logits = query[0] @ keys[0].repeat_interleave(group, 0).transpose(-1, -2) * 0.5
     pruned = 0
@@ -97,7 +98,7 @@ def test_every_query_sees_what_a_loop_says(rule: Rule, group: int) -> None:
 @pytest.mark.parametrize("decode", ["stream", "none"])
 def test_prompt_chunks_and_single_tokens(decode: str) -> None:
     """Through the layer: what is left after every step; `decode="none"` keeps what is decoded."""
-    policy = f"scissorhands(variant=percentile, history=12, recent=3, start=20, decode={decode})"
+    policy = f"scissorhands_percentile(history=12, recent=3, start=20, decode={decode})"
     feeder = Feeder(policy)
     scale, group = feeder.width**-0.5, feeder.heads // feeder.kv_heads
     rule = feeder.layer.policy.rule  # type: ignore[attr-defined]
@@ -120,7 +121,7 @@ def test_prompt_chunks_and_single_tokens(decode: str) -> None:
 
 def test_within_a_budget_nothing_is_dropped_and_beyond_it_the_longest_forgotten() -> None:
     """The budget bounds it; within it the rule is not applied."""
-    feeder = Feeder("scissorhands(variant=percentile, history=50, recent=4, start=10)@30")
+    feeder = Feeder("scissorhands_percentile(history=50, recent=4, start=10)@30")
     feeder.step(25)
     assert feeder.layer.slots.count.tolist() == [[25, 25]]
     feeder.step(60)
@@ -131,7 +132,7 @@ def test_within_a_budget_nothing_is_dropped_and_beyond_it_the_longest_forgotten(
 
 def test_a_prompt_shorter_than_the_start_is_left_alone() -> None:
     """The released scripts prune from position 100 on."""
-    feeder = Feeder("scissorhands(variant=percentile)")
+    feeder = Feeder("scissorhands_percentile()")
     feeder.step(99)
     assert feeder.layer.slots.count.tolist() == [[99, 99]]
     feeder.step(1)
@@ -142,8 +143,8 @@ def test_no_query_that_is_not_pruned_endorses_its_own_threshold() -> None:
     """Of ten keys a query endorses those above the tenth from below: none but the best."""
     tokens = 10
     query, keys = drawn(4, 1, 1, tokens)
-    policy = Scissorhands(variant="percentile", start=0, history=1, recent=9)
+    policy = ScissorhandsPercentile(start=0, history=1, recent=9)
     slots = Slots(1, 1, policy.columns, {}, CPU)
-    slots.append(0, tokens, tokens)
+    slots.append(Step.plain(0, tokens), tokens)
     deque(endorse(policy.rule, slots, slots["endorsed"], query, keys, 1.0), maxlen=0)
     assert int((slots["endorsed"] == tokens).sum()) == 0

@@ -7,20 +7,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvhive.plan import Plan
 from kvhive.policies._parts.selection import keep_top, layer_mean, lengths, recent, sinks
 from kvhive.slots import Slots
+from kvhive.step import Step
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
 
 
 def slots_with(counts: list[int]) -> Slots:
-    """One row, a head for every count: right-aligned, the first slots of shorter heads empty."""
-    slots = Slots(1, len(counts), {}, {}, torch.device("cpu"))
+    """One row, a head for every count: right-aligned, at least the first two slots empty, as they
+    are once a row that holds more has left the batch.
+    """
+    slots = Slots(2, len(counts), {}, {}, torch.device("cpu"))
     length = max(counts) + 2
-    slots.append(0, length, length)
+    slots.append(Step.plain(0, length), length)
     number = torch.arange(length)
-    index = torch.stack([torch.where(number >= length - count, number, -1) for count in counts])
-    slots.compact(index[None], length, holes=True)
+    keep = torch.stack([number >= length - count for count in counts])
+    slots.compact(Plan.keeping(torch.stack([keep, torch.ones_like(keep)])), length)
+    slots.select_rows(torch.tensor([0]))
+    assert slots.length == length
     return slots
 
 

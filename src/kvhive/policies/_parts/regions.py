@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ SMALL = 32  # budgets below this get one sink instead of four
 Judge = Literal["accum", "fast", "no_max"]
 
 
-class Regions(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Regions:
     """A head's budget by region, int64 `[b, K]` each: sinks, room for history and fresh, window."""
 
     sink: Tensor
@@ -34,7 +36,8 @@ class Regions(NamedTuple):
         return ends | recent(slots, self.budget - self.sink)
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """The knobs that size regions; None where the budget decides.
 
     decided: whether the knobs alone decide all sizes, so that the number of sinks is settled too.

@@ -57,7 +57,7 @@ def hide_unseen(found: Tensor, slots: Slots, voters: Tensor | int) -> None:
 
     Those are empty slots and later tokens.
     """
-    if isinstance(voters, Tensor) and found.shape[2] > 1:
+    if isinstance(voters, Tensor):
         found.masked_fill_(slots.position[:, :, None] > voters[:, None, :, None], 0)
     if slots.holes:
         found.masked_fill_(~slots.valid[:, :, None], 0)
