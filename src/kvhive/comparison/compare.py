@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.report import Report
@@ -23,6 +23,9 @@ from kvhive.inference.generation import check_length, decode, end_tokens, read
 from kvhive.inference.modes import QUESTION_MODES, QuestionMode
 from kvhive.inference.prompt import Prompt
 from kvhive.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, str, float], None]
 REFERENCE = Recipe.parse("full")
