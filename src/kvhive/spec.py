@@ -71,7 +71,7 @@ class Knob:
         if as_python:
             return repr(value)
         if isinstance(value, str):
-            bare = _NAME.fullmatch(value) is not None and self.read("", value) == value
+            bare = value.isidentifier() and self.read("", value) == value
             return value if bare else repr(value)
         if value is None or isinstance(value, bool):
             return str(value).lower()
