@@ -189,7 +189,8 @@ def test_what_is_held_is_measured(network):
         report = sequence.cache.report()
         now = held(sequence.cache)
         assert now.seen == len(PROMPT)
-        assert now.nbytes == report.nbytes == sum(x.nbytes for x in sequence.cache.hive_layers())
+        assert now.nbytes == report.nbytes == sequence.cache.nbytes
+        assert now.nbytes >= sum(layer.nbytes for layer in sequence.cache.hive_layers()) > 0
         assert now.kept == pytest.approx(report.tokens_kept)
         assert (now.kept < len(PROMPT)) == (recipe != "full")
 
