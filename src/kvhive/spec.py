@@ -116,7 +116,7 @@ class Spec:
     of what it became), `as_python` (values are printed as Python literals, not as recipes do).
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "unnamed"
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     as_python: ClassVar[bool] = False
 
