@@ -80,8 +80,6 @@ class Step:
         return replace(self, position=self.position.to(device), real=real, order=order)
 
 
-def taken_in_order(tensor: Tensor, order: Tensor | None) -> Tensor:
+def in_order(tensor: Tensor, order: Tensor) -> Tensor:
     """`[b, H, q, d]` with the tokens of each row in the order of int64 `[b, q]`."""
-    if order is None:
-        return tensor
     return tensor.gather(2, order[:, None, :, None].expand_as(tensor))

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvhive.cache.handoff import layer_of
+from kvhive.cache.handoff import Attends, layer_of
 from kvhive.cache.modes import without_gradient
 from kvhive.model.facts import ModelFacts, facts_for, refuse_family
 
@@ -53,9 +53,18 @@ def attention_forward(
     _refuse_unsupported(module, attention_mask, dropout, kwargs)
     layer.check_model(getattr(module, "config", None))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = layer.attend(query, scale, attention_mask)
+    attend = _attend_untraced if torch.compiler.is_compiling() else _attend
+    out = attend(layer, query, scale, attention_mask)
     out = without_gradient(out, query, key, value)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend(layer: Attends, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return layer.attend(query, scale, mask)
+
+
+# What is held grows and shrinks from step to step: a compiled model leaves its graph here, once.
+_attend_untraced = torch.compiler.disable(_attend)
 
 
 def mask_forward(

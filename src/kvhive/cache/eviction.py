@@ -118,6 +118,21 @@ class Eviction:
         return ranked.masked_fill(~slots.valid, -ALWAYS_KEPT)
 
 
+def excess_together(
+    evictions: Sequence[Eviction], slots: Sequence[Slots], decoding: bool, spare: int = 0
+) -> Tensor | None:
+    """int64 `[b]` on the CPU: how much each row holds too much in all layers of a cache that are
+    evicted from together; None: none does. Asks no device.
+    """
+    first = evictions[0]
+    if first.limits.all is None:
+        return None
+    limits, target = _limits_together(evictions, slots, decoding, spare)
+    excess = first.policy.excess if first.policy.granularity == "model" else _excess
+    too_many = excess(slots, limits, target)
+    return too_many if bool(too_many.any()) else None
+
+
 def plan_together(
     evictions: Sequence[Eviction],
     slots: Sequence[Slots],
@@ -126,38 +141,56 @@ def plan_together(
     spare: int = 0,
 ) -> list[Plan | None]:
     """Plans for all layers of a cache that are evicted from together, in order."""
-    nothing: list[Plan | None] = [None] * len(slots)
-    first = evictions[0]
-    if first.limits.all is None:
-        return nothing
     for one in slots:
         if one.holes:
             one.recount()
-    rows = [
-        eviction.limits.lowered(place, eviction.limits.all[place].expand_as(one.tally), spare)
-        for place, (eviction, one) in enumerate(zip(evictions, slots, strict=True))
-        if eviction.limits.all is not None
-    ]
-    limits = target = torch.stack(rows)
-    if decoding:
-        target = torch.stack([first.limits.target(place, row) for place, row in enumerate(rows)])
-    if first.policy.granularity == "model":
-        keeps = first.policy.choose_all(slots, limits, target, decoding)
-        if keeps is None:
-            return nothing
+    too_many = excess_together(evictions, slots, decoding, spare)
+    if too_many is None:
+        return [None] * len(slots)
+    policy = evictions[0].policy
+    if policy.granularity == "model":
+        keeps = policy.choose_all(slots, too_many, decoding)
         return [
             _plan(one, Choice(keep.to(one.device)), None)
             for one, keep in zip(slots, keeps, strict=True)
         ]
+    _, target = _limits_together(evictions, slots, decoding, spare)
+    return _plan_by_scores(evictions, slots, helds, target)
+
+
+def _limits_together(
+    evictions: Sequence[Eviction], slots: Sequence[Slots], decoding: bool, spare: int
+) -> tuple[Tensor, Tensor]:
+    """Limits and targets of all layers, int64 `[layers, b, K]` on the CPU."""
+    shared = evictions[0].limits
+    assert shared.all is not None
+    rows = [
+        shared.lowered(place, shared.all[place].expand_as(one.tally), spare)
+        for place, one in enumerate(slots)
+    ]
+    limits = torch.stack(rows)
+    if not decoding:
+        return limits, limits
+    return limits, torch.stack([shared.target(place, row) for place, row in enumerate(rows)])
+
+
+def _excess(slots: Sequence[Slots], limits: Tensor, target: Tensor) -> Tensor:
+    """int64 `[b]` on the CPU: tokens that each row holds beyond the sum of its limits."""
     tally = torch.stack([one.tally for one in slots])
-    if not bool((tally.sum((0, 2)) > limits.sum((0, 2))).any()):
-        return nothing
+    return (tally.sum((0, 2)) - limits.sum((0, 2))).clamp_min(0)
+
+
+def _plan_by_scores(
+    evictions: Sequence[Eviction], slots: Sequence[Slots], helds: Sequence[Held], target: Tensor
+) -> list[Plan | None]:
+    """The allocation shares `target` anew among all heads, and each layer is cut to its part."""
     scores = [e._score(one, held) for e, one, held in zip(evictions, slots, helds, strict=True)]
     on_device = [row.to(one.device) for row, one in zip(target, slots, strict=True)]
     ranked = [
         e._ranked(*part) for e, *part in zip(evictions, slots, scores, on_device, strict=True)
     ]
-    shares = first.limits.allocation.at_eviction(ranked, on_device, first.limits.floor)
+    limits = evictions[0].limits
+    shares = limits.allocation.at_eviction(ranked, on_device, limits.floor)
     return [
         cut(e.policy, one, held, share.cpu(), share.cpu(), score)
         for e, one, held, share, score in zip(evictions, slots, helds, shares, scores, strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvhive.cache.eviction import Eviction, plan_together
+from kvhive.cache.eviction import Eviction, excess_together, plan_together
 from kvhive.cache.handoff import offer
 from kvhive.cache.modes import plain
 from kvhive.cache.pending import Pending
@@ -22,7 +22,7 @@ from kvhive.plan import Plan
 from kvhive.policies import Policy
 from kvhive.rope import Rotation
 from kvhive.slots import Slots
-from kvhive.step import Phase, Step, taken_in_order
+from kvhive.step import Phase, Step, in_order
 from kvhive.stores import LayerFacts, Store, StoreKind
 
 HEADROOM = 128  # slots allocated ahead while decoding: one copy of the cache per so many tokens
@@ -112,7 +112,8 @@ class HiveLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif self._shape(key_states) != self._held_shape:
             self._refuse_shape(key_states)
-        self._waiting = key_states.detach(), value_states.detach()
+        # Detached, the keys kept are not the tensor that refers to this layer.
+        self._waiting = key_states.detach(), value_states
         return offer(key_states, self), value_states
 
     def check_model(self, config: object) -> None:
@@ -141,8 +142,8 @@ class HiveLayer(CacheLayerMixin):
         """
         keys, values = self._taken()
         step = self.progress.begin(self.place, keys, mask)
-        query = taken_in_order(query.detach(), step.order)
-        keys, values = (taken_in_order(part, step.order) for part in (keys, values))
+        if step.order is not None:
+            query, keys, values = (in_order(part, step.order) for part in (query, keys, values))
         self._append(keys, values, step)
         recording = self.progress.recording
         needs = NOTHING if recording else self.policy.needs
@@ -153,7 +154,7 @@ class HiveLayer(CacheLayerMixin):
         else:
             self._conclude(step, seen)
         self.progress.finish()
-        return out if step.order is None else taken_in_order(out, step.order.argsort(1))
+        return out if step.order is None else in_order(out, step.order.argsort(1))
 
     @plain
     def replay(
@@ -229,17 +230,19 @@ class HiveLayer(CacheLayerMixin):
             self._close_gaps()
             self.follow(self.eviction.plan(self.slots, self.held(), decoding, spare))
         elif self.place == len(self.layers) - 1:
-            for layer in self.layers:
-                layer._close_gaps()
-            plans = plan_together(
-                [layer.eviction for layer in self.layers],
-                [layer.slots for layer in self.layers],
-                [layer.held() for layer in self.layers],
-                decoding,
-                spare,
-            )
-            for layer, plan in zip(self.layers, plans, strict=True):
-                layer.follow(plan)
+            self._evict_together(decoding, spare)
+
+    def _evict_together(self, decoding: bool, spare: int) -> None:
+        evictions = [layer.eviction for layer in self.layers]
+        slots = [layer.slots for layer in self.layers]
+        if excess_together(evictions, slots, decoding, spare) is None:
+            return
+        for layer in self.layers:
+            layer._close_gaps()
+        helds = [layer.held() for layer in self.layers]
+        plans = plan_together(evictions, slots, helds, decoding, spare)
+        for layer, plan in zip(self.layers, plans, strict=True):
+            layer.follow(plan)
 
     @plain
     def make_room(self, tokens: int) -> None:

@@ -22,9 +22,8 @@ def plain(method: Method) -> Method:
 
     @functools.wraps(method)
     def run(self: Any, *arguments: Any, **named: Any) -> Any:
-        inference = torch.is_inference_mode_enabled()
-        kind = str(self.device.type)
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        inference, kind = torch.is_inference_mode_enabled(), self.device.type
+        autocast = torch.is_autocast_enabled(kind)
         if not (inference or autocast or torch.is_grad_enabled()):
             return method(self, *arguments, **named)
         with ExitStack() as modes:

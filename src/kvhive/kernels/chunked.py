@@ -23,7 +23,7 @@ NEVER = float("-inf")
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits and sums: float32, or float64 for models in that."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def decode(
@@ -42,8 +42,11 @@ def decode(
     if ask.step.real is not None:
         real = ask.step.real[:, :, None, None]
         weights, out = weights * real, out * real
-    columns = columns_of(weights[..., None, :], ask.needs)
-    rows = Rows.of(weights.reshape(batch, heads, 1, n).float()) if ask.needs.last_rows else None
+    columns: Tensor | None = None
+    if ask.needs.columns is not None:
+        power = weights.square() if ask.needs.columns == "square" else weights
+        columns = power.sum(2).float() if ask.needs.fold else power.flatten(1, 2).float()
+    rows = Rows.of(weights.view(batch, heads, 1, n).float()) if ask.needs.last_rows else None
     return out, columns, rows
 
 
@@ -52,8 +55,7 @@ def _weights_of_one(query: Tensor, keys: Tensor, ask: Ask) -> Tensor:
     batch, heads, _, width = query.shape
     kv_heads = keys.shape[1]
     dtype = wide(keys.dtype)
-    grouped = query.to(dtype, copy=True).mul_(ask.scale)
-    grouped = grouped.view(batch * kv_heads, heads // kv_heads, width)
+    grouped = query.view(batch * kv_heads, heads // kv_heads, width).to(dtype) * ask.scale
     logits = torch.bmm(grouped, keys.flatten(0, 1).to(dtype).transpose(1, 2))
     if ask.valid is None:
         return logits.softmax(-1)

@@ -15,18 +15,23 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
     the step's own tokens. Returns the output `[b, H, q, e]` in the query's dtype. The contract in
     slow motion: `reference.attend`.
     """
-    dtype = query.dtype
-    query = query.to(keys.dtype)
+    if query.dtype != keys.dtype:
+        out, seen = attend(query.to(keys.dtype), keys, values, ask)
+        return out.to(query.dtype), seen
     columns: Tensor | None = None
     rows: Rows | None = None
-    if query.shape[2] == 1 and (ask.needs.attention or not fused.fits(query, keys, ask)):
+    singly = query.shape[2] == 1
+    asked = ask.needs.attention if singly else ask.needs.columns is not None
+    if not asked and fused.fits(query, keys, ask):
+        out = fused.attend(query, keys, values, ask)
+    elif singly:
         out, columns, rows = chunked.decode(query, keys, values, ask)
-    elif ask.needs.columns is None and fused.fits(query, keys, ask):
-        out, rows = fused.attend(query, keys, values, ask), chunked.tail_rows(query, keys, ask)
+        return out, _observed(query, keys, ask, columns, rows)
     else:
         out, columns = chunked.attend(query, keys, values, ask)
+    if ask.needs.last_rows:
         rows = chunked.tail_rows(query, keys, ask)
-    return out.to(dtype), _observed(query, keys, ask, columns, rows)
+    return out, _observed(query, keys, ask, columns, rows)
 
 
 def report(query: Tensor, keys: Tensor, ask: Ask) -> Observed:

@@ -9,15 +9,15 @@ from torch import Tensor
 from kvhive.kernels.contracts import Ask
 
 MASK_BYTES = 1 << 26  # a mask of queries x slots larger than this is not built
-FEW = 640  # slots: above, two matrix products are faster on CPU in 16 bits than torch's kernel
+FEW = 640  # slots: above, CPUs without 16-bit tiles are faster with two float32 matrix products
+TILES = torch.cpu._is_amx_tile_supported()
 
 
 def fits(query: Tensor, keys: Tensor, ask: Ask) -> bool:
     """Whether torch's kernel serves this step: with little memory, and fast."""
     q, n = query.shape[2], keys.shape[2]
     if q == 1:
-        on_cpu = keys.device.type == "cpu" and keys.dtype in (torch.bfloat16, torch.float16)
-        return not on_cpu or n <= FEW
+        return n <= FEW or TILES or keys.device.type != "cpu" or keys.dtype == torch.float32
     if q == n or ask.valid is not None:
         return ask.valid is None
     return q * n <= MASK_BYTES
@@ -31,13 +31,21 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> Tensor:
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> Tensor:
-    """One query a row: those that share a KV head are the rows of one small prompt."""
+    """One query a row. Where KV heads hide slots of their own, the queries that share one are the
+    rows of one small prompt.
+    """
     batch, heads, _, width = query.shape
     kv_heads = keys.shape[1]
-    grouped = query.view(batch, kv_heads, heads // kv_heads, width)
-    mask = None if ask.valid is None else ask.valid[:, :, None]
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=ask.scale)
-    out = out.view(batch, heads, 1, values.shape[-1])
+    if ask.valid is None:
+        grouped = heads != kv_heads
+        out = F.scaled_dot_product_attention(
+            query, keys, values, scale=ask.scale, enable_gqa=grouped
+        )
+    else:
+        rows = query.view(batch, kv_heads, heads // kv_heads, width)
+        mask = ask.valid[:, :, None]
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=ask.scale)
+        out = out.view(batch, heads, 1, values.shape[-1])
     return out if ask.step.real is None else out * ask.step.real[:, :, None, None]
 
 

@@ -126,15 +126,20 @@ class Policy(Spec):
         """As `select`, with all that changes with the eviction."""
         return Choice(self.select(slots, budget, score))
 
-    def choose_all(
-        self, slots: Sequence[Slots], limits: Tensor, target: Tensor, decoding: bool
-    ) -> list[Tensor] | None:
-        """With granularity "model": which slots of each layer stay.
+    def excess(self, slots: Sequence[Slots], limits: Tensor, target: Tensor) -> Tensor:
+        """With granularity "model": how much each row is to give up, int64 `[b]` on the CPU, in
+        whatever unit `choose_all` understands; from the `tally` of its slots, without asking the
+        device.
 
         slots: of each layer, in order. limits, target: int64 `[layers, b, K]` on the CPU, what
-        heads may hold, and what they are to be cut down to where they hold more. Returns a bool
-        `[b, K, n]` for each layer, or None when no row holds more than all its limits allow. Rows
-        are judged independently.
+        heads may hold, and what they are to be cut down to where they hold more.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how many slots are too many")
+
+    def choose_all(self, slots: Sequence[Slots], excess: Tensor, decoding: bool) -> list[Tensor]:
+        """With granularity "model": which slots of each layer stay, a bool `[b, K, n]` for each.
+
+        excess: what `excess` says. Rows are judged independently.
         """
         raise TypeError(f"{type(self).__name__} does not say which slots survive")
 

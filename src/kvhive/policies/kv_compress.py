@@ -155,18 +155,10 @@ class KVCompress(Policy):
         pooled = F.max_pool1d(votes.gather(-1, order), self.pool, 1, self.pool // 2)
         return torch.empty_like(votes).scatter_(-1, order, pooled)
 
-    def choose_all(
-        self, slots: Sequence[Slots], limits: Tensor, target: Tensor, decoding: bool
-    ) -> list[Tensor] | None:
+    def choose_all(self, slots: Sequence[Slots], excess: Tensor, decoding: bool) -> list[Tensor]:
         """All but the cheapest pages, as many as are too many."""
-        excess = self.excess(slots, limits, target)
-        if not bool(excess.any()):
-            return None
         if decoding and self.interval > 1:
-            due = slots[0].counters["generated"][:, 0].cpu() % self.interval == 0
-            excess = excess * due
-            if not bool(due.any()):
-                return None
+            excess = excess * (slots[0].counters["generated"][:, 0].cpu() % self.interval == 0)
         position, metric = pages.side_by_side(slots, "metric")
         coming = position.amax((1, 2))[:, None, None] + 1
         evictable = (position >= self.sink) & (position <= coming - self.protected_window)
@@ -175,7 +167,7 @@ class KVCompress(Policy):
         return pages.apart(keep, slots)
 
     def excess(self, slots: Sequence[Slots], limits: Tensor, target: Tensor) -> Tensor:
-        """int64 `[b]` on the CPU: pages that each row is to give up; limits as in `choose_all`."""
+        """int64 `[b]` on the CPU: pages that each row is to give up; see the base."""
         count = torch.cat([held.tally for held in slots], 1)
         heads, taken = count.shape[1], pages.count_pages(count, self.page).sum(1)
         if self.rate is not None:

@@ -113,10 +113,11 @@ class Events:
         sizing = self.policy.sizing
         limits = torch.full((len(slots), 1, slots[0].heads), sizing.peak(budget_of(self.case)))
         acts = sizing.decoding or not decoding
-        asked = int(self.policy.excess(slots, limits, limits)) if acts else 0
+        excess = self.policy.excess(slots, limits, limits)
+        asked = int(excess) if acts else 0
         recorded = int(tensors["evicted_blocks_requested"][event])
         require(asked == recorded, f"{where}: {asked} pages asked for, recorded {recorded}")
-        keeps = self.policy.choose_all(slots, limits, limits, decoding) if acts else None
+        keeps = self.policy.choose_all(slots, excess, decoding) if asked else None
         for layer, held in enumerate(slots):
             before = held.count[0]
             if keeps is not None:
