@@ -15,7 +15,7 @@ ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
     {"registry", "kinds", "budget", "plan", "step", "rope", "memory", "plugins"},
-    {"slots", "spec"},
+    {"slots", "spec", "calibration"},
     {"kernels"},
     {"policies", "allocations", "stores"},
     {"recipe", "model"},

@@ -1,4 +1,4 @@
-"""Decodes with a compiled model and prints, as JSON, what that took: run by `test_decode_cost.py`."""
+"""Decodes with a compiled model and prints, as JSON, what it took; run by `test_decode_cost.py`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.report import Report
 from kvhive.recipe import Recipe
-from tests.support import kept_sets, left_padded, random_ids, read, tiny
+from tests.support import kept_sets, left_padded, random_ids, read, tiny, tiny_llama
 
 PER_TOKEN = 2 * 2 * 8 * 2 * 4  # layers, KV heads, width, keys and values, bytes
 MIB = 2**20
@@ -234,3 +234,20 @@ def test_a_cache_forgets_its_model() -> None:
 def test_a_recipe_can_be_pickled() -> None:
     recipe = Recipe.parse("buzz(stride=7)@0.4")
     assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+@pytest.mark.parametrize("recipe", ["h2o@24", "buzz@24", "kv_compress(page=4)@40", "corm@60"])
+def test_a_cache_can_be_pickled(model: PreTrainedModel, recipe: str) -> None:
+    """It goes on where it was, with the model it was made for and no other."""
+    ids = random_ids(1, 90)
+    cache = HiveCache.for_model(model, recipe)
+    read(model, cache, ids[:, :70], 60)
+    packed = pickle.dumps(cache)
+    expected = read(model, cache, ids[:, 70:], 1)
+    again = pickle.loads(packed)
+    assert torch.equal(read(model, again, ids[:, 70:], 1), expected)
+    assert str(again.report()) == str(cache.report())
+    other = tiny_llama(seed=1)
+    HiveCache.for_model(other, recipe)
+    with pytest.raises(ValueError, match="made for another LlamaForCausalLM"):
+        read(other, pickle.loads(packed), ids[:, :1], 1)

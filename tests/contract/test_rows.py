@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.recipe import Recipe
@@ -160,3 +161,29 @@ def test_beams_run_within_the_budget(model: PreTrainedModel, recipe: str, padded
         assert fullest(policy, report.kept) <= policy.sizing.peak(
             budget.resolve(80, policy.sizing.least)
         )
+
+
+@pytest.mark.parametrize("chunk", [7, 20, 64])
+@pytest.mark.parametrize("recipe", ["full", "h2o@100000", "streaming_llm@40", "h2o@40", "corm@60"])
+def test_chunks_may_come_with_the_mask_of_the_whole_prompt(
+    model: PreTrainedModel, stock: PreTrainedModel, recipe: str, chunk: int
+) -> None:
+    """What lies behind the tokens fed so far is not looked at; the stock cache reads it so too."""
+    ids, mask = left_padded([random_ids(60), random_ids(40, seed=1)])
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    whole, cut = (HiveCache.for_model(model, recipe) for _ in range(2))
+    theirs = DynamicCache(config=stock.config)
+    given, expected, plain = [], [], []
+    with torch.no_grad():
+        for start in range(0, 60, chunk):
+            stop = min(start + chunk, 60)
+            step = {"input_ids": ids[:, start:stop], "position_ids": position[:, start:stop]}
+            given.append(model(**step, attention_mask=mask, past_key_values=whole).logits)
+            seen = mask[:, :stop]
+            expected.append(model(**step, attention_mask=seen, past_key_values=cut).logits)
+            plain.append(stock(**step, attention_mask=seen, past_key_values=theirs).logits)
+    assert torch.equal(torch.cat(given, 1), torch.cat(expected, 1))
+    assert whole.report().seen.tolist() == [60, 40]
+    if Recipe.parse(recipe).budget is None or recipe.endswith("@100000"):
+        real = mask.bool()
+        assert divergence(torch.cat(given, 1)[real], torch.cat(plain, 1)[real]) < 1e-5

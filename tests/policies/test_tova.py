@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvhive.allocations import Allocation, Shape
+from kvhive.allocations import Allocation, Facts
 from kvhive.kernels import Observed, Rows
 from kvhive.policies.tova import Tova
 from kvhive.slots import Slots
@@ -96,9 +96,9 @@ class ByHead(Allocation):
 
     tokens: tuple[int, ...] = ()
 
-    def shares(self, shape: Shape, budget: int, floor: int) -> Tensor:
+    def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
         """As given, whatever the budget."""
-        return torch.tensor(self.tokens).expand(shape.layers, -1)
+        return torch.tensor(self.tokens).expand(facts.layers, -1)
 
 
 def test_heads_with_unequal_budgets_hold_parts_of_one_another() -> None:

@@ -1,7 +1,7 @@
 """The allocations, by name."""
 
 from kvhive.allocations import uniform
-from kvhive.allocations.base import ALLOCATIONS, Allocation, Shape
+from kvhive.allocations.base import ALLOCATIONS, Allocation, Facts
 
-__all__ = ["ALLOCATIONS", "Allocation", "Shape"]
+__all__ = ["ALLOCATIONS", "Allocation", "Facts"]
 _BUILT_IN = (uniform,)

@@ -8,16 +8,23 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from kvhive.calibration import Profile
 from kvhive.registry import Registry
 from kvhive.spec import Spec
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The heads among which a budget is shared: `kv_heads` in each of `layers` layers."""
+class Facts:
+    """What an allocation knows of a row when it shares out.
+
+    layers: those that are compressed and limited. kv_heads: in each of them. seen: real tokens that
+    the row has seen. profile: of the model, where the allocation asks for one.
+    """
 
     layers: int
     kv_heads: int
+    seen: int
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,14 @@ class Allocation(Spec):
 
     compete: who shares anew at each eviction, by the scores tokens have then: nobody ("none": the
     shares are fixed), the heads of a layer ("layer"), or all heads of the model ("model", which
-    then evicts when its last layer has attended).
+    then evicts when its last layer has attended). profile: the method of the profile it reads; None
+    for no profile.
     """
 
     compete: ClassVar[Literal["none", "layer", "model"]] = "none"
+    profile: ClassVar[str | None] = None
 
-    def shares(self, shape: Shape, budget: int, floor: int) -> Tensor:
+    def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
         """int64 `[layers, kv_heads]` on the CPU, with sum exactly `budget * layers * kv_heads`.
 
         floor: the least any head needs, which is at most `budget`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvhive.allocations.base import ALLOCATIONS, Allocation, Shape
+from kvhive.allocations.base import ALLOCATIONS, Allocation, Facts
 
 
 @ALLOCATIONS.register("uniform")
@@ -15,6 +15,6 @@ from kvhive.allocations.base import ALLOCATIONS, Allocation, Shape
 class Uniform(Allocation):
     """The budget as it is, for every head of every layer."""
 
-    def shares(self, shape: Shape, budget: int, floor: int) -> Tensor:
+    def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
         """All entries equal `budget`."""
-        return torch.full((shape.layers, shape.kv_heads), budget)
+        return torch.full((facts.layers, facts.kv_heads), budget)

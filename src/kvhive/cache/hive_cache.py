@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
 from kvhive.cache.report import Report
+from kvhive.calibration import Profile
 from kvhive.model.facts import ModelFacts
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
@@ -33,7 +35,8 @@ class HiveCache(Cache):
     ```
     """
 
-    def __init__(self, recipe: Recipe, facts: ModelFacts) -> None:
+    def __init__(self, recipe: Recipe, facts: ModelFacts, profile: Profile | None = None) -> None:
+        _check_profile(recipe, facts, profile)
         self.recipe = recipe
         self.facts = facts
         self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
@@ -41,7 +44,7 @@ class HiveCache(Cache):
         written = [(facts.rotations or {}).get(index) for index in self.compressed]
         in_cache = self.positions == "cache"
         turns = [rotation if in_cache else None for rotation in written]
-        ours = make_layers(recipe, turns, written)
+        ours = make_layers(recipe, turns, written, profile)
         self.progress = ours[0].progress
         layers = facts.stock_layers()
         for index, layer in zip(self.compressed, ours, strict=True):
@@ -50,14 +53,23 @@ class HiveCache(Cache):
         super().__init__(layers=layers)
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel, recipe: Recipe | str) -> HiveCache:
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        recipe: Recipe | str,
+        profile: Profile | str | Path | None = None,
+    ) -> HiveCache:
         """An empty cache for `model`, whose attention is switched to kvhive's (other caches still
         work).
 
-        recipe: a `Recipe` or its string, e.g. "buzz@0.4". Raises `ValueError` for a recipe that
-        cannot work and for a model that kvhive does not support, naming what is missing.
+        recipe: a `Recipe` or its string, e.g. "buzz@0.4". profile: what was learnt about this model
+        beforehand, for a recipe that reads it; an object or a file. Raises `ValueError` for a
+        recipe that cannot work, for a model that kvhive does not support, naming what is missing,
+        and for a profile of another model.
         """
-        return cls(Recipe.parse(recipe), attach(model))
+        if isinstance(profile, str | Path):
+            profile = Profile.load(profile)
+        return cls(Recipe.parse(recipe), attach(model), profile)
 
     # ---- what transformers asks of a cache ------------------------------------------------------
 
@@ -217,20 +229,37 @@ def make_layers(
     recipe: Recipe,
     turns: list[Rotation | None],
     written: list[Rotation | None] | None = None,
+    profile: Profile | None = None,
 ) -> list[HiveLayer]:
     """The layers that carry a recipe out, one for each of `turns`: how to turn its keys, None where
     positions are not counted in the cache. written: how the model turned the keys it wrote.
+    profile: for an allocation or a store that reads one.
     """
     count, policy = len(turns), recipe.policy
     tokens = None if recipe.budget is None else recipe.budget.tokens
     policies = [policy.for_layer(place, count, tokens) for place in range(count)]
-    limits = Limits(policies, recipe.budget, recipe.allocation, recipe.slack)
+    limits = Limits(policies, recipe.budget, recipe.allocation, recipe.slack, profile)
     progress = Progress(count, limits)
     layers: list[HiveLayer] = []
     for place, own in enumerate(policies):
         made = written[place] if written else None
-        layers.append(HiveLayer(own, recipe.store, progress, place, layers, turns[place], made))
+        layer = HiveLayer(own, recipe.store, progress, place, layers, turns[place], made, profile)
+        layers.append(layer)
     return layers
+
+
+def _check_profile(recipe: Recipe, facts: ModelFacts, profile: Profile | None) -> None:
+    """Raises `ValueError` for a profile that is missing, not read, or of another model."""
+    readers = {part.name: part.profile for part in (recipe.allocation, recipe.store)}
+    wanted = {name: method for name, method in readers.items() if method is not None}
+    if profile is None and wanted:
+        name, method = next(iter(wanted.items()))
+        raise ValueError(f"{name} reads a profile made by {method!r}; give it with profile=")
+    if profile is not None and not wanted:
+        raise ValueError(f"{recipe} reads no profile, but one by {profile.method!r} was given")
+    for method in wanted.values():
+        assert profile is not None
+        profile.check(method, facts.fingerprint)
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:

@@ -16,6 +16,7 @@ from kvhive.cache.modes import plain
 from kvhive.cache.pending import Pending
 from kvhive.cache.positions import Turning
 from kvhive.cache.progress import Progress
+from kvhive.calibration import Profile
 from kvhive.kernels import NOTHING, Ask, Held, Needs, Observed
 from kvhive.model.facts import ModelFacts, facts_of
 from kvhive.plan import Plan
@@ -35,7 +36,7 @@ class HiveLayer(CacheLayerMixin):
     policy: who decides. kind: the form of storage. progress: what all layers of the cache share,
     `place` being this one's among them; layers: all of them, once they are made (those before this
     one are). rotation: given when positions are counted inside the cache. written: how the model
-    turned the keys it wrote, where that is known.
+    turned the keys it wrote, where that is known. profile: of the model, for the store.
     """
 
     is_sliding = False
@@ -50,6 +51,7 @@ class HiveLayer(CacheLayerMixin):
         layers: Sequence[HiveLayer],
         rotation: Rotation | None = None,
         written: Rotation | None = None,
+        profile: Profile | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.policy, self.progress, self.place = policy, progress, place
@@ -58,9 +60,10 @@ class HiveLayer(CacheLayerMixin):
         self.written = written
         self.layers = layers
         self.facts: ModelFacts | None = None  # of the model whose tokens these are
-        self._kind = kind
+        self._kind, self._profile = kind, profile
         self.reset()
 
+    @plain
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch, heads, dtype and device from the first tensors, never from a config."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -77,7 +80,7 @@ class HiveLayer(CacheLayerMixin):
         self.is_initialized = False
         self.dtype, self.device = torch.float32, torch.device("cpu")
         earlier = [layer.store for layer in self.layers[: self.place]]
-        facts = LayerFacts(self.place, self.progress.layers)
+        facts = LayerFacts(self.place, self.progress.layers, self._profile)
         self.store: Store = self._kind.new(facts, earlier)
         self.slots = Slots(0, 0, {}, {}, self.device)
         self.evicted = False
@@ -85,6 +88,7 @@ class HiveLayer(CacheLayerMixin):
         self.pending: list[Pending] = []  # steps that `crop` may still take back
         self._waiting: tuple[Tensor, Tensor] | None = None  # handed in, not attended yet
         self._scale = 1.0
+        self._growing = 1  # tokens that the next step may bring, as the last one did
         self.turning.reset()
         self.eviction.forget()
         if self.place == 0:
@@ -191,6 +195,8 @@ class HiveLayer(CacheLayerMixin):
         return waiting
 
     def _append(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        if self.store.length:
+            self._growing = min(step.fresh, HEADROOM)
         self.store.append(keys, values, self._room(step))
         self.slots.append(step, self.store.room)
         self.appended += step.fresh
@@ -298,7 +304,7 @@ class HiveLayer(CacheLayerMixin):
         """Slots to allocate for after an eviction."""
         if self.eviction.together:
             return kept + UNEVEN_HEADROOM
-        bound = self.eviction.bound(1)
+        bound = self.eviction.bound(self._growing)
         return kept + HEADROOM if bound is None else max(kept, min(kept + HEADROOM, bound))
 
     # ---- what transformers asks of a cache layer -------------------------------------------------

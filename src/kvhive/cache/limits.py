@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvhive.allocations import Allocation, Shape
+from kvhive.allocations import Allocation, Facts
 from kvhive.budget import Budget
+from kvhive.calibration import Profile
 from kvhive.policies import Policy
 from kvhive.step import Step
 
@@ -23,7 +24,7 @@ class Limits:
     prompt, and its share follows the tokens seen.
 
     policies: of each layer. budget: None where they size themselves. slack: tokens to free beyond
-    need when decoding goes over a limit; None: the policies' own.
+    need when decoding goes over a limit; None: the policies' own. profile: for the allocation.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Limits:
         budget: Budget | None,
         allocation: Allocation,
         slack: int | None,
+        profile: Profile | None = None,
     ) -> None:
         self.policies, self.budget = list(policies), budget
-        self.allocation, self._slack = allocation, slack
+        self.allocation, self._slack, self._profile = allocation, slack, profile
         self.sizings = [policy.sizing for policy in policies]
         self.floor = max(sizing.least for sizing in self.sizings)
         self.limited = budget is not None or any(s.alone is not None for s in self.sizings)
@@ -101,8 +103,8 @@ class Limits:
         if self.budget is None or not budgets:
             known = [UNLIMITED if limit is None else limit for limit in limited]
             return torch.tensor(known)[:, None].expand(-1, heads)
-        shape = Shape(len(budgets), heads)
-        shares = iter(self.allocation.shares(shape, budgets[0], self.floor))
+        facts = Facts(len(budgets), heads, seen, self._profile)
+        shares = iter(self.allocation.shares(facts, budgets[0], self.floor))
         free = torch.full((heads,), UNLIMITED)
         return torch.stack([free if limit is None else next(shares) for limit in limited])
 

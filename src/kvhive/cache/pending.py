@@ -31,8 +31,10 @@ class Pending:
         cls, step: Step, scale: float, query: Tensor | None, keys: Tensor, values: Tensor
     ) -> Pending:
         """Of a step just taken."""
-        prompt = step.phase == "prefill"
-        return cls(step, scale, query, None if prompt else keys, None if prompt else values)
+        query = None if query is None else query.detach()
+        if step.phase == "prefill":
+            return cls(step, scale, query, None, None)
+        return cls(step, scale, query, keys.detach(), values.detach())
 
     def part(self, start: int, stop: int) -> Pending:
         """Its tokens start..stop-1 alone."""

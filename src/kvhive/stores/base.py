@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from kvhive.calibration import Profile
 from kvhive.kernels import Ask, Observed
 from kvhive.plan import Plan
 from kvhive.registry import Registry
@@ -79,15 +81,23 @@ class Store(ABC):
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """A layer's place among the compressed layers, and how many there are."""
+    """A layer's place among the compressed layers, how many there are, and the model's profile,
+    where the store asks for one.
+    """
 
     place: int = 0
     layers: int = 1
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
 class StoreKind(Spec):
-    """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage."""
+    """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
+
+    profile: the method of the profile it reads; None for no profile.
+    """
+
+    profile: ClassVar[str | None] = None
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""

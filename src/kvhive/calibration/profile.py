@@ -1,0 +1,80 @@
+"""Profile: tensors that were learnt once about one model, in a safetensors file of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+KIND = "kvhive profile 1"
+_FIELDS = ("method", "fingerprint", "data", "date")
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What an allocation or a store needs to know about a model beforehand.
+
+    method: what made it and who may read it, e.g. the name of an allocation. fingerprint: of the
+    model's weights (`ModelFacts.fingerprint`); for every other model it is refused. data: the text
+    it was learnt from, and how much of it. date: ISO 8601, the day it was made. tensors: by name,
+    as `method` defines them, on the CPU.
+    """
+
+    method: str
+    fingerprint: str
+    data: str
+    date: str
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """From a file that `save` wrote; no code is run.
+
+        Raises `FileNotFoundError`, and `ValueError` for a file that is no profile, is damaged or
+        comes from another version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no profile at {str(path)!r}: there is no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is no safetensors file, or damaged: {error}") from None
+        if told.get("kind") != KIND or any(name not in told for name in _FIELDS):
+            raise ValueError(
+                f"{path.name} is no profile of this version of kvhive (expected one that says "
+                f"{KIND!r}, got {told.get('kind')!r}); make it anew"
+            )
+        return cls(**{name: told[name] for name in _FIELDS}, tensors=tensors)
+
+    def save(self, path: str | Path) -> None:
+        """Write it, all or nothing. Raises `FileExistsError` rather than overwrite a file."""
+        from safetensors.torch import save_file
+
+        path = Path(path).expanduser()
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists; delete it first, or choose another name")
+        told = {"kind": KIND} | {name: getattr(self, name) for name in _FIELDS}
+        whole = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(dict(self.tensors), whole, metadata=told)
+            os.link(whole, path)  # fails where another process was faster
+        finally:
+            whole.unlink(missing_ok=True)
+
+    def check(self, method: str, fingerprint: str) -> None:
+        """Raises `ValueError` unless it was made by `method` for the model of that fingerprint."""
+        if self.method != method:
+            raise ValueError(f"expected a profile made by {method!r}, got one by {self.method!r}")
+        if self.fingerprint != fingerprint:
+            raise ValueError(
+                f"this profile of {self.data!r} ({self.date}) was made for a model with "
+                "other weights; make one for this model"
+            )
