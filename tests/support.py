@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -219,3 +221,24 @@ class Feeder:
 def make_layer(recipe: Recipe | str, rotation: Rotation | None = None) -> HiveLayer:
     """The layer a one-layer model would get for `recipe`."""
     return make_layers(Recipe.parse(recipe), [rotation])[0]
+
+
+class Largest(TorchDispatchMode):
+    """Watches every operation and remembers the largest tensor that any of them made."""
+
+    elements = nbytes = 0
+
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run it, and look at what came out."""
+        result = operation(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(made, Tensor):
+                self.elements = max(self.elements, made.numel())
+                self.nbytes = max(self.nbytes, made.nbytes)
+        return result

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from kvhive.cache.handoff import HANDLE, layer_of
-from kvhive.cache.layer import HEADROOM
+from kvhive.cache.room import HEADROOM
 from kvhive.cache.speculation import crop
 from kvhive.kernels import Ask, Needs, reference
+from kvhive.kernels.chunked import CHUNK
 from kvhive.step import Step
-from tests.support import Feeder, make_layer
+from tests.contract.recipes import with_budget
+from tests.support import Feeder, Largest, make_layer
 
 
 def tokens(count: int, heads: int = 2, width: int = 8, batch: int = 1) -> torch.Tensor:
@@ -211,3 +213,32 @@ def test_one_spelled_out_life() -> None:
         feeder.step(count)
         assert feeder.layer.slots.position[0, 1].tolist() == expected[feeder.seen[0]]
     feeder.check()
+
+
+@pytest.mark.parametrize("recipe", ["full", "streaming_llm@300", "h2o@300", "l2norm@300"])
+@pytest.mark.parametrize("drafts", [False, True], ids=["chunks", "drafts"])
+def test_several_tokens_at_once_find_room(recipe: str, drafts: bool) -> None:
+    """Neither chunks nor rounds of drafts copy the cache to new memory each time."""
+    feeder = Feeder(recipe)
+    if drafts:
+        feeder.layer.activate_past_recording()
+    feeder.step(300)
+    if drafts:
+        feeder.take_back(0)
+    addresses = []
+    for _ in range(30):
+        feeder.step(6)
+        if drafts:
+            feeder.take_back(2)
+        addresses.append(feeder.layer.store.keys.data_ptr())
+    moves = sum(a != b for a, b in pairwise(addresses))
+    assert moves <= (6 if recipe == "full" else 1)
+
+
+@pytest.mark.parametrize("policy", [p for p in with_budget(100) if "percentile" not in p])
+def test_no_prompt_leaves_rows_of_all_queries_lying_side_by_side(policy: str) -> None:
+    """Hundreds of voting queries are read a block at a time, and reduced."""
+    feeder = Feeder(policy)
+    with Largest() as watch:
+        feeder.step(1000)
+    assert watch.nbytes <= feeder.heads * CHUNK * 1024 * 4

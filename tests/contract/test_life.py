@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.cache.layer import HEADROOM
+from kvhive.cache.room import HEADROOM
 from tests.contract.recipes import LARGE_SHARES, SELECTIVE, SHARES, SMALL, fullest
 from tests.support import Feeder, kept_sets, random_ids, read
 

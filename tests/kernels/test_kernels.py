@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvhive.kernels import NOTHING, Ask, Needs, Observed, attend, reference, report, segments
 from kvhive.kernels.chunked import CHUNK, span
 from kvhive.step import Step
+from tests.support import Largest
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LENGTHS = (1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
@@ -215,26 +213,6 @@ def test_logits_are_not_rounded_to_half_precision(q: int) -> None:
     ours, theirs = ((one.double() - expected).abs().max() for one in (out, stock))
     assert float(ours) <= 1.5 * float(theirs)
     assert close(seen.columns, told.columns, 1e-4)
-
-
-class Largest(TorchDispatchMode):
-    """Watches every operation and remembers the largest tensor that any of them made."""
-
-    elements = 0
-
-    def __torch_dispatch__(
-        self,
-        operation: Callable[..., Any],
-        types: Any,
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run it, and look at what came out."""
-        result = operation(*args, **(kwargs or {}))
-        for made in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(made, Tensor):
-                self.elements = max(self.elements, made.numel())
-        return result
 
 
 @pytest.mark.parametrize(

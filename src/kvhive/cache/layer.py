@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvhive.cache import room
 from kvhive.cache.eviction import Eviction, excess_together, plan_together
 from kvhive.cache.handoff import offer
 from kvhive.cache.modes import plain
@@ -25,9 +26,6 @@ from kvhive.rope import Rotation
 from kvhive.slots import Slots
 from kvhive.step import Phase, Step, in_order
 from kvhive.stores import LayerFacts, Store, StoreKind
-
-HEADROOM = 128  # slots allocated ahead while decoding: one copy of the cache per so many tokens
-UNEVEN_HEADROOM = 32  # the same where the longest head has no bound of its own
 
 
 class HiveLayer(CacheLayerMixin):
@@ -148,6 +146,7 @@ class HiveLayer(CacheLayerMixin):
         step = self.progress.begin(self.place, keys, mask)
         if step.order is not None:
             query, keys, values = (in_order(part, step.order) for part in (query, keys, values))
+        self._growing = step.fresh if self.store.length else 1
         self._append(keys, values, step)
         recording = self.progress.recording
         needs = NOTHING if recording else self.policy.needs
@@ -195,9 +194,8 @@ class HiveLayer(CacheLayerMixin):
         return waiting
 
     def _append(self, keys: Tensor, values: Tensor, step: Step) -> None:
-        if self.store.length:
-            self._growing = min(step.fresh, HEADROOM)
-        self.store.append(keys, values, self._room(step))
+        frozen = self.progress.frozen > 0
+        self.store.append(keys, values, room.for_step(self.store, step, self.eviction, frozen))
         self.slots.append(step, self.store.room)
         self.appended += step.fresh
 
@@ -268,8 +266,8 @@ class HiveLayer(CacheLayerMixin):
         if plan is None:
             return
         self.slots.adopt(plan)
-        room = self._room_after(plan.longest)
-        self.turning.compact(self.store, self.slots, plan, room, self.progress.seen)
+        wanted = room.after_eviction(plan.longest, self._growing, self.eviction)
+        self.turning.compact(self.store, self.slots, plan, wanted, self.progress.seen)
         self.eviction.forget()
         self.evicted, self.appended = True, 0
 
@@ -284,28 +282,6 @@ class HiveLayer(CacheLayerMixin):
             self.store.compact(plan, self.store.room)
             self.slots.compact(plan, self.store.room)
             self.eviction.forget()
-
-    # ---- room -----------------------------------------------------------------------------------
-
-    def _room(self, step: Step) -> int:
-        """Slots to allocate for: a prompt exactly, later steps with headroom, within the limits."""
-        needed = self.store.length + step.fresh
-        if needed <= self.store.room:
-            return self.store.room
-        if not self.store.length:
-            return needed
-        if self.eviction.together:
-            return needed + UNEVEN_HEADROOM
-        ahead = HEADROOM if step.phase != "prefill" else max(step.fresh, needed // 8)
-        bound = None if self.progress.frozen else self.eviction.bound(step.fresh)
-        return needed + ahead if bound is None else max(needed, min(needed + ahead, bound))
-
-    def _room_after(self, kept: int) -> int:
-        """Slots to allocate for after an eviction."""
-        if self.eviction.together:
-            return kept + UNEVEN_HEADROOM
-        bound = self.eviction.bound(self._growing)
-        return kept + HEADROOM if bound is None else max(kept, min(kept + HEADROOM, bound))
 
     # ---- what transformers asks of a cache layer -------------------------------------------------
 

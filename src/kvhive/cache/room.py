@@ -1,0 +1,32 @@
+"""How many slots to allocate: a prompt exactly, later steps with headroom, never beyond need."""
+
+from __future__ import annotations
+
+from kvhive.cache.eviction import Eviction
+from kvhive.step import Step
+from kvhive.stores import Store
+
+HEADROOM = 128  # slots allocated ahead while decoding: one copy of the cache per so many tokens
+UNEVEN_HEADROOM = 32  # the same where the longest head has no bound of its own
+
+
+def for_step(store: Store, step: Step, eviction: Eviction, frozen: bool) -> int:
+    """Slots to make room for when a step is appended. frozen: nothing is evicted after it."""
+    needed = store.length + step.fresh
+    if needed <= store.room:
+        return store.room
+    if not store.length:
+        return needed
+    if eviction.together:
+        return needed + UNEVEN_HEADROOM
+    ahead = HEADROOM if step.phase != "prefill" else max(step.fresh, needed // 8)
+    bound = None if frozen else eviction.bound(step.fresh)
+    return needed + ahead if bound is None else max(needed, min(needed + ahead, bound))
+
+
+def after_eviction(kept: int, growing: int, eviction: Eviction) -> int:
+    """Slots to leave room for. growing: tokens that the last step brought to what was held."""
+    if eviction.together:
+        return kept + UNEVEN_HEADROOM
+    bound = eviction.bound(min(growing, HEADROOM))
+    return kept + HEADROOM if bound is None else max(kept, min(kept + HEADROOM, bound))
