@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import kvhive
-from kvhive.cli.words import needs_text
+from kvhive.cli.needs import needs_text
 from kvhive.kernels import Needs
 from kvhive.policies import POLICIES
 

@@ -14,8 +14,8 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "budget", "rope", "memory", "plugins", "step", "plan"},
-    {"slots", "calibration"},
+    {"registry", "kinds", "budget", "plan", "step", "rope", "memory", "plugins"},
+    {"slots", "spec", "calibration"},
     {"kernels"},
     {"policies", "allocations", "stores"},
     {"recipe", "model"},

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from dataclasses import dataclass, field, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 from kvhive.allocations import ALLOCATIONS, Allocation
 from kvhive.allocations.uniform import Uniform
 from kvhive.budget import Budget
 from kvhive.policies import POLICIES, Policy
 from kvhive.policies.base import Positions
-from kvhive.registry import Registry, did_you_mean
+from kvhive.spec import Call, Knob, build, printed, take
 from kvhive.stores import STORES, StoreKind
 from kvhive.stores.dense import Dense
 
-_PART = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?\s*")
-_SHARED_KNOBS = ("positions", "slack")
+_SHARED = (  # knobs of the recipe that are written among its policy's
+    Knob("positions", Positions | None, None),
+    Knob("slack", int | None, None, least=0),
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,6 @@ class Recipe:
                 f"{name}: a budget of {tokens} is below {sizing.least}, the least its "
                 "sinks, window and one more token need; raise the budget or lower those knobs"
             )
-        if self.positions not in (None, "original", "cache"):
-            raise ValueError(f"positions must be 'original' or 'cache', got {self.positions!r}")
-        if self.slack is not None and self.slack < 0:
-            raise ValueError(f"slack must be at least 0, got {self.slack}")
         if self.slack and tokens is not None and self.slack > tokens - sizing.least:
             raise ValueError(
                 f"slack {self.slack} leaves {name} fewer than its least of "
@@ -86,11 +82,11 @@ class Recipe:
                     f"recipe: {part} must be an instance of {kind.__name__}, got {value!r}; "
                     "Recipe.parse reads the string form"
                 )
-            hints = get_type_hints(type(value))
-            for knob in fields(value):
-                _check_knob(value.name, knob.name, getattr(value, knob.name), hints[knob.name])
         if self.budget is not None:
             object.__setattr__(self, "budget", Budget.of(self.budget))
+        for knob in _SHARED:
+            value = knob.check(self.policy.name, getattr(self, knob.name))
+            object.__setattr__(self, knob.name, value)
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
@@ -105,7 +101,9 @@ class Recipe:
             return text
         if not isinstance(text, str):
             raise TypeError(f"recipe: expected a string such as 'buzz@0.4', got {text!r}")
-        policy_part, rest = _take_part(text, text)
+        what = f"recipe {text!r}"
+        front, rest = take(text, what)
+        policy, shared = _policy_and_shared(front)
         budget: Budget | None = None
         allocation: Allocation = Uniform()
         store: StoreKind = Dense()
@@ -114,119 +112,33 @@ class Recipe:
             assert number is not None
             budget, rest = Budget.of(number.group(1)), rest[number.end() :]
         if rest.startswith("/"):
-            part, rest = _take_part(rest[1:], text)
-            allocation = _build(ALLOCATIONS, *part)
+            part, rest = take(rest[1:], what)
+            allocation = build(ALLOCATIONS, part)
         if rest.startswith("+"):
-            part, rest = _take_part(rest[1:], text)
-            store = _build(STORES, *part)
+            part, rest = take(rest[1:], what)
+            store = build(STORES, part)
         if rest:
             raise ValueError(
-                f"recipe {text!r}: cannot read {rest!r}; the form is "
+                f"{what}: cannot read {rest!r}; the form is "
                 "policy(knob=value)@budget/allocation+store"
             )
-        name, knobs = policy_part
-        shared = {knob: knobs.pop(knob) for knob in _SHARED_KNOBS if knob in knobs}
-        hints = get_type_hints(cls)
-        for knob, value in shared.items():
-            _check_knob(name, knob, value, hints[knob])
-        return cls(_build(POLICIES, name, knobs), budget, allocation, store, **shared)
+        return cls(policy, budget, allocation, store, **shared)
 
     def __str__(self) -> str:
-        shared = {k: getattr(self, k) for k in _SHARED_KNOBS if getattr(self, k) is not None}
-        text = _print(self.policy, shared)
+        values = [(knob, getattr(self, knob.name)) for knob in _SHARED]
+        shared = {knob.name: knob.spell(value) for knob, value in values if value is not None}
+        text = printed(self.policy, shared)
         if self.budget is not None and self.policy.sizing.implied is None:
             text += f"@{self.budget}"
         if self.allocation != Uniform():
-            text += f"/{_print(self.allocation)}"
-        return text if self.store == Dense() else f"{text}+{_print(self.store)}"
+            text += f"/{self.allocation}"
+        return text if self.store == Dense() else f"{text}+{self.store}"
 
 
-def _take_part(text: str, whole: str) -> tuple[tuple[str, dict[str, Any]], str]:
-    """Read `name` or `name(knobs)` from the front; return it and what is left."""
-    match = _PART.match(text)
-    if match is None:
-        raise ValueError(f"recipe {whole!r}: expected a name at {text!r}")
-    name, inside = match.groups()
-    knobs: dict[str, Any] = {}
-    for piece in re.split(r",(?![^(\[]*[)\]])", inside or ""):
-        if not piece.strip():
-            continue
-        knob, equals, value = piece.partition("=")
-        if not equals:
-            raise ValueError(f"recipe {whole!r}: write knobs as name=value, got {piece.strip()!r}")
-        if knob.strip() in knobs:
-            raise ValueError(f"recipe {whole!r}: {knob.strip()} is given twice")
-        knobs[knob.strip()] = _value(value.strip())
-    return (name, knobs), text[match.end() :]
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _build(registry: Registry[Any], name: str, knobs: dict[str, Any]) -> Any:
-    cls = registry[name]
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    for knob, value in knobs.items():
-        if knob not in known:
-            shared = list(_SHARED_KNOBS) if registry is POLICIES else []
-            hint = did_you_mean(knob, known + shared) if known + shared else "it has none"
-            raise ValueError(f"{name} has no knob {knob!r}; {hint}")
-        if value is None and "none" in get_args(hints[knob]):
-            value = knobs[knob] = "none"  # a word of its own here, as in decode=none
-        _check_knob(name, knob, value, hints[knob])
-    return cls(**knobs)
-
-
-def _check_knob(name: str, knob: str, value: Any, hint: Any) -> None:
-    if not _fits(value, hint):
-        raise ValueError(f"{name}: {knob} must be {_spell(hint)}, got {value!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(_spell(option) for option in get_args(hint))
-    if origin is Literal:
-        return " or ".join(repr(option) for option in get_args(hint))
-    if origin is tuple:
-        return f"a list of {_spell(get_args(hint)[0])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "none"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _print(part: Any, extra: dict[str, Any] | None = None) -> str:
-    knobs = {
-        f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default
-    }
-    inside = ", ".join(f"{k}={_print_value(v)}" for k, v in (knobs | (extra or {})).items())
-    return f"{part.name}({inside})" if inside else str(part.name)
-
-
-def _print_value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+def _policy_and_shared(front: Call) -> tuple[Policy, dict[str, Any]]:
+    """The policy, and the recipe's own knobs that were written among its knobs."""
+    shared = {knob.name: knob for knob in _SHARED}
+    own = {name: text for name, text in front.knobs.items() if name not in shared}
+    policy = build(POLICIES, Call(front.name, own), list(shared))
+    given = front.knobs.keys() & shared.keys()
+    return policy, {name: shared[name].read(front.name, front.knobs[name]) for name in given}

@@ -12,8 +12,9 @@ from kvhive import __version__
 from kvhive.allocations import ALLOCATIONS
 from kvhive.cli.recipes import needs_text
 from kvhive.kernels import NOTHING, Needs
-from kvhive.policies import POLICIES, Policy, knob
+from kvhive.policies import POLICIES, Policy
 from kvhive.slots import Slots
+from kvhive.spec import knob
 from kvhive.stores import STORES
 
 

@@ -11,8 +11,8 @@ from kvhive.cache.hive_cache import HiveCache
 from kvhive.cli.show import shaded_text
 from kvhive.comparison.shading import Word, pieces, shade
 from kvhive.comparison.survivors import Survivors
-from kvhive.inference.chat import Prompt
 from kvhive.inference.generation import read
+from kvhive.inference.prompt import Prompt
 from tests.cli.test_compare import Page
 from tests.cli.tiny import HEADS, model, text, tokenizer
 

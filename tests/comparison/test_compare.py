@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicCache
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.comparison.compare import compare
-from kvhive.inference.chat import Prompt
 from kvhive.inference.generation import read
+from kvhive.inference.prompt import Prompt
 from tests.cli.tiny import HEADS, TRAINED_LENGTH, model, text, tokenizer
 
 QUESTIONS = ["What did the keeper keep?", "Where?"]
@@ -128,7 +128,7 @@ def test_reading_in_chunks_without_eviction_changes_nothing(network, coder):
 
 
 def test_progress_ends_at_one_for_every_recipe(network, coder):
-    told: dict[str, list[float]] = {}
+    got: dict[str, list[float]] = {}
     compare(
         network,
         coder,
@@ -137,10 +137,10 @@ def test_progress_ends_at_one_for_every_recipe(network, coder):
         ["window@70"],
         max_new_tokens=2,
         prefill_chunk=50,
-        progress=lambda recipe, doing, share: told.setdefault(recipe, []).append(share),
+        progress=lambda recipe, doing, share: got.setdefault(recipe, []).append(share),
     )
-    assert list(told) == ["full", "window@70"]
-    for shares in told.values():
+    assert list(got) == ["full", "window@70"]
+    for shares in got.values():
         assert shares == sorted(shares)
         assert shares[0] == 0
         assert shares[-1] == 1
@@ -178,7 +178,7 @@ def test_beyond_the_trained_length_only_recipes_that_count_positions_in_the_cach
 )
 def test_input_that_cannot_work_is_refused_before_anything_runs(network, coder, change, words):
     given = {"document": text(30), "questions": QUESTIONS, "recipes": ["window@70"]} | change
-    told: list[str] = []
+    got: list[str] = []
     with pytest.raises(ValueError, match=words):
-        compare(network, coder, **given, progress=lambda recipe, doing, share: told.append(doing))
-    assert told == []
+        compare(network, coder, **given, progress=lambda recipe, doing, share: got.append(doing))
+    assert got == []

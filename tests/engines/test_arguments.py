@@ -5,21 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvhive.engines.arguments import count, device, known, split
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("", []),
-        ("pretrained=a/b", ["pretrained=a/b"]),
-        ("a=1, b=2,", ["a=1", "b=2"]),
-        ("recipe=buzz(stride=7,sinks=2)@0.4,a=1", ["recipe=buzz(stride=7,sinks=2)@0.4", "a=1"]),
-        ("recipe=x(a=1,b=(2,[3,4]),c=5)@9", ["recipe=x(a=1,b=(2,[3,4]),c=5)@9"]),
-    ],
-)
-def test_commas_in_brackets_do_not_separate(text: str, parts: list[str]) -> None:
-    assert list(split(text)) == parts
+from kvhive.engines.arguments import count, device, known
 
 
 @pytest.mark.parametrize(("value", "number"), [(1, 1), ("16", 16)])

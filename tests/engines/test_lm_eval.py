@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cli import app
 from kvhive.engines.lm_eval import KvhiveLM
-from kvhive.evaluation.scoring import Continuation, ModelRunner
+from kvhive.evaluation.scoring import ModelRunner
+from kvhive.evaluation.sequences import Continuation
 from kvhive.recipe import Recipe
 from tests.cli import tiny
 
@@ -89,8 +90,8 @@ def test_with_everything_kept_answers_score_as_in_the_harness(recipe: str, batch
 def test_with_everything_kept_texts_score_as_in_the_harness(recipe: str) -> None:
     texts = (CONTEXT, "Bees.", CONTEXT[:120])
     for options in ({}, {"max_length": 50}):  # in one window, and in several
-        told = rolled(ours(recipe, 2, **options), *texts)
-        assert told == pytest.approx(rolled(theirs(**options), *texts), abs=1e-3)
+        got = rolled(ours(recipe, 2, **options), *texts)
+        assert got == pytest.approx(rolled(theirs(**options), *texts), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +127,12 @@ def test_contexts_that_are_too_long_lose_their_beginning(
 def test_answers_are_scored_on_what_the_recipe_kept(recipe: str) -> None:
     """All but the last token of a context is compressed; the rest comes as decoding would."""
     model = ours(recipe, 4)
-    stage = ModelRunner(model.model)
+    runner = ModelRunner(model.model)
     for (context, answer), (score, _) in zip(PAIRS[:4], scored(model, PAIRS[:4]), strict=True):
         *ids, last = model.tok_encode(context)
-        (voice,) = stage.read(ids, [Recipe.parse(recipe)])
+        (sequence,) = runner.read(ids, [Recipe.parse(recipe)])
         script = Continuation((last, *model.tok_encode(answer)), start=1)
-        ((forced,),) = stage.force([voice], [script])
+        ((forced,),) = runner.force([sequence], [script])
         assert score == pytest.approx(sum(forced.logprobs), abs=1e-3)
     lossless = [score for score, _ in scored(ours("full"))]
     assert lossless != pytest.approx([score for score, _ in scored(model)], abs=1e-2)
@@ -300,11 +301,11 @@ def test_the_command_line_runs_the_harness(
 
 def test_the_command_line_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run", "-M", "kvhive", "--gen_kwargs", "a=1", "b=2", "-L", "3", "--help"]
-    told: list[str] = []
+    got: list[str] = []
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr("kvhive.engines.lm_eval.cli_evaluate", lambda: told.extend(sys.argv))
+    monkeypatch.setattr("kvhive.engines.lm_eval.cli_evaluate", lambda: got.extend(sys.argv))
     assert CliRunner().invoke(app, ["lm-eval", *words]).exit_code == 0
-    assert told == ["lm-eval", *words]
+    assert got == ["lm-eval", *words]
 
 
 @pytest.mark.parametrize(
@@ -316,8 +317,8 @@ def test_the_command_line_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_commas_in_recipes_reach_us(spelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lm-eval", "run", "--model_args", spelled])
-    told = HarnessCLI().parse_args().model_args
-    assert told == {"pretrained": "x", "recipe": "buzz(stride=7,window=20)@0.4"}
+    got = HarnessCLI().parse_args().model_args
+    assert got == {"pretrained": "x", "recipe": "buzz(stride=7,window=20)@0.4"}
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvhive.evaluation.data.source import Builtin
-from kvhive.evaluation.framing import ChatFormat
 from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.evaluation.tasks.context import TaskContext
+from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import end_tokens
 from kvhive.recipe import Recipe
 from tests.cli import tiny
@@ -23,7 +23,7 @@ collect_ignore = ["test_ray.py"] if find_spec("ray") is None else []
 
 
 def long_model() -> LlamaForCausalLM:
-    """`tiny.model`, said to have been trained on longer texts."""
+    """`tiny.model`, as if trained on longer texts."""
     model = tiny.model()
     model.config.max_position_embeddings = TRAINED_LENGTH
     return model
@@ -51,13 +51,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def desk(tokenizer: PreTrainedTokenizerFast) -> TaskContext:
+def context(tokenizer: PreTrainedTokenizerFast) -> TaskContext:
     """Made-up data, seed 0."""
     return TaskContext(Builtin(), tokenizer, 0)
 
 
 @pytest.fixture
-def asked(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> ModelUnderTest:
+def tested(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> ModelUnderTest:
     """The full cache and two recipes, one of which evicts while decoding."""
     recipes = tuple(map(Recipe.parse, ("full", "h2o@70", "streaming_llm@80")))
     ends = end_tokens(network, tokenizer)

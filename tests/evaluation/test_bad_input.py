@@ -1,6 +1,6 @@
 """`kvhive evaluate` and `report` with input that cannot work: one sentence, nothing lost.
 
-Settings: test_cli.py and test_runner.py; data files: test_data.py; a run's folder: test_journal.py.
+Settings: test_cli.py, test_scheduler.py; data files: test_data.py; a run's folder: test_results.py.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def sentence(result: Result) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("-t", "passkey(lengths=())"), "lengths must be a list like (1, 2), or (1,), got ()"),
+        (
+            ("-t", "passkey(lengths=())"),
+            "lengths must be a list of whole numbers, as in [1, 2], got ()",
+        ),
         (("-t", PASSKEY, "--mode", ""), "no mode was named; known: agnostic, aware, stream"),
         (("-t", PASSKEY, "--device", "abacus"), "device 'abacus' cannot be used here"),
         (("-t", PASSKEY, "-r", "h2o@70.0"), "a share must lie in (0, 1], got 70"),
@@ -85,9 +88,9 @@ def test_damaged_weights(evaluate, folder, tmp_path):
     for path in folder.iterdir():
         size = 2000 if path.suffix == ".safetensors" else None
         (broken / path.name).write_bytes(path.read_bytes()[:size])
-    told = sentence(evaluate("-t", PASSKEY, "--model", broken))
-    assert "broken' is damaged" in told
-    assert "get its weights again" in told
+    got = sentence(evaluate("-t", PASSKEY, "--model", broken))
+    assert "broken' is damaged" in got
+    assert "get its weights again" in got
 
 
 def write(place: Path, *records: object) -> Path:
@@ -158,10 +161,10 @@ from kvhive.evaluation.tasks.passkey import Passkey
 @TASKS.register("waiting")
 @dataclass(frozen=True)
 class Waiting(Passkey):
-    def run(self, asked, item, mode):
+    def run(self, tested, item, mode):
         while item.id == "passkey-2" and not Path(__file__).with_name("go").exists():
             time.sleep(0.02)
-        return super().run(asked, item, mode)
+        return super().run(tested, item, mode)
 """
 
 
@@ -200,9 +203,9 @@ def test_an_interrupted_run_says_so_and_goes_on(waiting, tmp_path):
     out, whole = tmp_path / "run", tmp_path / "whole"
     with standing_still(waiting, out) as process:
         os.killpg(process.pid, signal.SIGINT)
-        told, errors = process.communicate(timeout=PATIENCE)
+        got, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert told == ""
+    assert got == ""
     assert "note: stopped; what was finished is in" in errors
     assert "Traceback" not in errors
     assert len(read_rows(out)) == 2 * ROWS_EACH
@@ -217,9 +220,9 @@ def test_a_killed_run_leaves_no_workers(waiting, tmp_path):
     out = tmp_path / "run"
     with standing_still([*waiting, "--jobs", "2"], out) as process:
         process.kill()
-        told, errors = process.communicate(timeout=PATIENCE)
+        got, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
-    assert told == ""
+    assert got == ""
     assert "Traceback" not in errors
     assert len(read_rows(out)) >= 2 * ROWS_EACH
 

@@ -30,9 +30,9 @@ def test_a_run_and_its_reports(folder, tmp_path):
         assert words in done.stdout
     assert "within 4 standard errors of the floor" in done.stderr.replace("\n", " ")
     page, figures, tables = (tmp_path / f"r.{kind}" for kind in ("html", "csv", "md"))
-    told = call("report", out, "--html", page, "--csv", figures, "--markdown", tables)
-    assert told.exit_code == 0, told.output
-    assert told.stdout == done.stdout
+    got = call("report", out, "--html", page, "--csv", figures, "--markdown", tables)
+    assert got.exit_code == 0, got.output
+    assert got.stdout == done.stdout
     assert "<title>run - kvhive report</title>" in page.read_text(encoding="utf-8")
     assert figures.read_text(encoding="utf-8").startswith("task,mode,recipe,measure")
     assert tables.read_text(encoding="utf-8").startswith("# run\n")

@@ -6,7 +6,7 @@ import pytest
 
 from kvhive.evaluation import measures
 from kvhive.evaluation.measures import Measure
-from kvhive.evaluation.types import Answers, Item, Outcome, Probe
+from kvhive.evaluation.types import Item, MeasureInput, Outcome, Probe
 
 
 def values(measure: Measure, outcomes, probes=None, none=None, full=None):
@@ -14,7 +14,7 @@ def values(measure: Measure, outcomes, probes=None, none=None, full=None):
     item = Item("i", "", "", tuple(probes))
     full = tuple(full or outcomes)
     none = None if none is None else tuple(none)
-    return list(measure.values(Answers(item, tuple(outcomes), full, none)))
+    return list(measure.values(MeasureInput(item, tuple(outcomes), full, none)))
 
 
 def test_exact_needs_every_token_and_accuracy_counts_them():
@@ -64,11 +64,11 @@ def test_text_measures_strip_leading_lines():
 def test_agreement_with_the_full_cache():
     outcomes, full = [Outcome(text="a b c"), Outcome(text="a b d")], [Outcome(text="a b c")] * 2
     assert values(measures.SAME_AS_FULL, outcomes, full=full) == [1, 0]
-    told = values(measures.ROUGE_TO_FULL, outcomes, full=full)
-    assert told == pytest.approx([1, 2 / 3])
+    got = values(measures.ROUGE_TO_FULL, outcomes, full=full)
+    assert got == pytest.approx([1, 2 / 3])
 
 
 def test_a_modes_first_probes_only():
     item = Item("i", "", "", (Probe("a", gold=0), Probe("b", gold=1)))
-    answers = Answers(item, (Outcome(choices=(-1.0, -2.0)),), (), None)
+    answers = MeasureInput(item, (Outcome(choices=(-1.0, -2.0)),), (), None)
     assert list(measures.CHOICE.values(answers)) == [1]

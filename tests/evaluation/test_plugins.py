@@ -71,9 +71,9 @@ def test_the_pages_task_runs_in_workers_and_is_reported(folder, tmp_path, diary,
     assert read_run(out)["facts"]["plugin_sha256"].keys() == {"diary.py"}
     forget()
     assert "the run had --plugin diary.py: give that here too" in one_sentence(call("report", out))
-    told = call("report", out, "--plugin", diary)
-    assert told.exit_code == 0, told.output
-    assert "diary(people=4)" in told.stdout
+    got = call("report", out, "--plugin", diary)
+    assert got.exit_code == 0, got.output
+    assert "diary(people=4)" in got.stdout
 
 
 def test_the_pages_task_checks_its_knobs(folder, tmp_path, diary):
@@ -116,12 +116,12 @@ def test_a_plugin_that_cannot_be_loaded_is_told(folder, tmp_path, forget, source
     path = tmp_path / "mine.py"
     if source is not None:
         path.write_text(source)
-    told = one_sentence(evaluate(folder, tmp_path / "run", "--plugin", path, "-t", "passkey"))
-    assert message in told
-    assert str(path) in told
+    got = one_sentence(evaluate(folder, tmp_path / "run", "--plugin", path, "-t", "passkey"))
+    assert message in got
+    assert str(path) in got
     assert not (tmp_path / "run").exists()
 
 
 def test_a_module_that_is_not_there_is_told(folder, tmp_path):
-    told = one_sentence(evaluate(folder, tmp_path / "run", "--plugin", "no_such_plugin"))
-    assert "no plugin 'no_such_plugin': expected a file NAME.py, or a module" in told
+    got = one_sentence(evaluate(folder, tmp_path / "run", "--plugin", "no_such_plugin"))
+    assert "no plugin 'no_such_plugin': expected a file NAME.py, or a module" in got

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvhive.evaluation.protocols import ModelUnderTest, ask, converse
-from kvhive.evaluation.scoring import Sequence
+from kvhive.evaluation.sequences import Sequence
 from kvhive.evaluation.types import Item, Probe
 from kvhive.recipe import Recipe
 from tests.contract.recipes import SMALL
@@ -23,40 +23,40 @@ def item(*queries: str, **probe: object) -> Item:
 
 
 class Watch:
-    """Notes what a stage is asked to read and to go on with."""
+    """Notes what a runner is given to read and to go on with."""
 
-    def __init__(self, asked: ModelUnderTest) -> None:
+    def __init__(self, tested: ModelUnderTest) -> None:
         self.read: list[str] = []
         self.kept: list[list[torch.Tensor]] = []
-        self.voices: list[Sequence] = []
+        self.sequences: list[Sequence] = []
         self.went_on: list[str] = []
-        stage, decode = asked.stage, asked.tokenizer.decode
-        read, advance = stage.read, stage.advance
+        runner, decode = tested.runner, tested.tokenizer.decode
+        read, advance = runner.read, runner.advance
 
         def noted_read(ids, recipes):
-            voices = read(ids, recipes)
+            sequences = read(ids, recipes)
             self.read.append(decode(list(ids)))
-            self.kept.append(kept(voices))
-            self.voices = voices
-            return voices
+            self.kept.append(kept(sequences))
+            self.sequences = sequences
+            return sequences
 
-        def noted_advance(voices, ids):
+        def noted_advance(sequences, ids):
             self.went_on.append(decode(list(ids)))
-            advance(voices, ids)
+            advance(sequences, ids)
 
-        stage.read, stage.advance = noted_read, noted_advance
-
-
-def kept(voices: list[Sequence]) -> list[torch.Tensor]:
-    """Positions that the voices hold, layer by layer."""
-    return [held for voice in voices for held in voice.cache.positions_kept()]
+        runner.read, runner.advance = noted_read, noted_advance
 
 
-def test_an_agnostic_cache_never_saw_the_question(asked):
-    watch = Watch(asked)
+def kept(sequences: list[Sequence]) -> list[torch.Tensor]:
+    """Positions that the sequences hold, layer by layer."""
+    return [held for sequence in sequences for held in sequence.cache.positions_kept()]
+
+
+def test_an_agnostic_cache_never_saw_the_question(tested):
+    watch = Watch(tested)
     for question in QUESTIONS:
         one = item(question, choices=(" home", " away"))
-        ask(asked, one, one.prefix, "agnostic", most=9)
+        ask(tested, one, one.prefix, "agnostic", most=9)
     assert watch.read[0] == watch.read[1] == "<|start|>user\nRead this.\n" + TEXT
     for one, other in zip(*watch.kept, strict=True):
         assert torch.equal(one, other)
@@ -68,35 +68,35 @@ def test_an_agnostic_cache_never_saw_the_question(asked):
     [{"target": " home"}, {"choices": (" home", " away")}, {"target": " home", "limit": 3}],
     ids=["targets", "choices", "written"],
 )
-def test_agnostic_caches_are_the_same_for_all_probes(asked, probe):
+def test_agnostic_caches_are_the_same_for_all_probes(tested, probe):
     """Every policy: what is kept depends on no probe, and asking changes nothing of it."""
-    asked = asked.with_recipes([Recipe.parse(recipe) for recipe in SMALL])
-    untold = asked.stage.read(asked.frame.prefix(item(), item().prefix), asked.recipes)
-    watch = Watch(asked)
+    tested = tested.with_recipes([Recipe.parse(recipe) for recipe in SMALL])
+    before = tested.runner.read(tested.prefix(item(), item().prefix), tested.recipes)
+    watch = Watch(tested)
     for question in QUESTIONS:
         one = item(question, **probe)
-        ask(asked, one, one.prefix, "agnostic", most=9)
+        ask(tested, one, one.prefix, "agnostic", most=9)
         for ours, theirs, after in zip(
-            watch.kept[-1], kept(untold), kept(watch.voices), strict=True
+            watch.kept[-1], kept(before), kept(watch.sequences), strict=True
         ):
             assert torch.equal(ours, theirs)
             assert torch.equal(ours, after)
 
 
-def test_an_aware_cache_saw_it(asked):
-    watch = Watch(asked)
+def test_an_aware_cache_saw_it(tested):
+    watch = Watch(tested)
     one = item(QUESTIONS[0], choices=(" home", " away"))
-    ask(asked, one, one.prefix, "aware", most=9)
+    ask(tested, one, one.prefix, "aware", most=9)
     assert watch.read == [
         f"<|start|>user\nRead this.\n{TEXT}{QUESTIONS[0]}<|end|>\n<|start|>assistant\nThey were"
     ]
     assert watch.went_on == []
 
 
-def test_modes_agree_for_the_full_cache(asked):
+def test_modes_agree_for_the_full_cache(tested):
     one = item(QUESTIONS[0], target=" home", choices=(" home", " away"), limit=5)
     apart, together = (
-        ask(asked, one, one.prefix, mode, most=9)[0] for mode in ("agnostic", "aware")
+        ask(tested, one, one.prefix, mode, most=9)[0] for mode in ("agnostic", "aware")
     )
     for left, right in zip(apart.outcomes, together.outcomes, strict=True):
         assert torch.allclose(torch.tensor(left.logprobs), torch.tensor(right.logprobs), atol=1e-4)
@@ -104,12 +104,12 @@ def test_modes_agree_for_the_full_cache(asked):
         assert left.text == right.text
 
 
-def test_each_question_starts_from_the_same_state(asked):
+def test_each_question_starts_from_the_same_state(tested):
     """Multi-request: the second question gets what it gets alone."""
     settings = {"target": " home", "choices": (" home", " away"), "limit": 5}
     both, second = item(*QUESTIONS, **settings), item(QUESTIONS[1], **settings)
-    together = ask(asked, both, both.prefix, "agnostic", most=9)
-    alone = ask(asked, second, second.prefix, "agnostic", most=9)
+    together = ask(tested, both, both.prefix, "agnostic", most=9)
+    alone = ask(tested, second, second.prefix, "agnostic", most=9)
     for one, other in zip(together, alone, strict=True):
         ours, theirs = one.outcomes[1], other.outcomes[0]
         assert torch.allclose(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4)
@@ -117,28 +117,28 @@ def test_each_question_starts_from_the_same_state(asked):
         assert ours.text == theirs.text
 
 
-def test_targets_in_one_batch_give_what_they_give_in_turn(asked):
+def test_targets_in_one_batch_give_what_they_give_in_turn(tested):
     targets = item(*QUESTIONS, target=" home")
     mixed = dataclasses.replace(
         targets,
         probes=tuple(dataclasses.replace(one, choices=(" a", " b")) for one in targets.probes),
     )
-    batch = ask(asked, targets, targets.prefix, "agnostic", most=9)
-    turns = ask(asked, mixed, mixed.prefix, "agnostic", most=9)
+    batch = ask(tested, targets, targets.prefix, "agnostic", most=9)
+    turns = ask(tested, mixed, mixed.prefix, "agnostic", most=9)
     for one, other in zip(batch, turns, strict=True):
         for ours, theirs in zip(one.outcomes, other.outcomes, strict=True):
             left, right = torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs)
             assert torch.allclose(left, right, atol=1e-4)
 
 
-def test_a_conversation_goes_on_with_the_right_answers(asked):
-    watch = Watch(asked)
+def test_a_conversation_goes_on_with_the_right_answers(tested):
+    watch = Watch(tested)
     probes = tuple(
         Probe(question, cue="They were", target=" home", history=" at home.")
         for question in QUESTIONS
     )
     one = Item("talk", "Read this.\n" + TEXT, "", probes)
-    converse(asked, one, one.prefix, "aware", most=1)
+    converse(tested, one, one.prefix, "aware", most=1)
     assert watch.read == [
         f"<|start|>user\nRead this.\n{TEXT}{QUESTIONS[0]}<|end|>\n<|start|>assistant\nThey were"
     ]
@@ -147,10 +147,10 @@ def test_a_conversation_goes_on_with_the_right_answers(asked):
     ]
 
 
-def test_an_agnostic_conversation_compresses_the_context_alone(asked):
-    watch = Watch(asked)
+def test_an_agnostic_conversation_compresses_the_context_alone(tested):
+    watch = Watch(tested)
     one = item(*QUESTIONS, target=" home", history=" at home.")
-    converse(asked, one, one.prefix, "agnostic", most=1)
+    converse(tested, one, one.prefix, "agnostic", most=1)
     assert watch.read == ["<|start|>user\nRead this.\n" + TEXT]
     assert [text[: text.index("<|end|>")] for text in watch.went_on] == [
         QUESTIONS[0],
@@ -158,12 +158,12 @@ def test_an_agnostic_conversation_compresses_the_context_alone(asked):
     ]
 
 
-def test_later_turns_hear_the_answers_before(asked):
+def test_later_turns_hear_the_answers_before(tested):
     """The second turn differs from the same question asked alone, because of its history."""
     settings = {"target": " home", "history": " at home."}
     both = item(*QUESTIONS, **settings)
-    talk = converse(asked, both, both.prefix, "agnostic", most=1)
-    apart = ask(asked, both, both.prefix, "agnostic", most=1)
+    talk = converse(tested, both, both.prefix, "agnostic", most=1)
+    apart = ask(tested, both, both.prefix, "agnostic", most=1)
     for one, other in zip(talk, apart, strict=True):
         first, second = zip(one.outcomes, other.outcomes, strict=True)
         assert torch.allclose(
@@ -172,26 +172,26 @@ def test_later_turns_hear_the_answers_before(asked):
         assert second[0].logprobs != second[1].logprobs
 
 
-def test_answers_are_cut_before_a_stop_string(asked):
+def test_answers_are_cut_before_a_stop_string(tested):
     one = item(QUESTIONS[0], limit=30)
-    (whole, *_) = ask(asked, one, one.prefix, "agnostic", most=1)
+    (whole, *_) = ask(tested, one, one.prefix, "agnostic", most=1)
     text = whole.outcomes[0].text
     assert len(text) > 3
     stop = text[2]
     (cut, *_) = ask(
-        asked, item(QUESTIONS[0], limit=30, stop=(stop,)), one.prefix, "agnostic", most=1
+        tested, item(QUESTIONS[0], limit=30, stop=(stop,)), one.prefix, "agnostic", most=1
     )
     assert cut.outcomes[0].text == text[: text.index(stop)]
 
 
-def test_held_is_measured_when_decoding_begins(asked):
+def test_held_is_measured_when_decoding_begins(tested):
     one = item(QUESTIONS[0], target=" home")
-    shown = ask(asked, one, one.prefix, "agnostic", most=1)
+    shown = ask(tested, one, one.prefix, "agnostic", most=1)
     full, h2o, streaming = shown
-    seen = len(asked.frame.prefix(one, one.prefix))
+    seen = len(tested.prefix(one, one.prefix))
     assert full.start.seen == full.start.kept == seen
     assert h2o.start.kept == 70
     assert streaming.start.kept == 80
     assert h2o.start.nbytes < full.start.nbytes
     assert h2o.end.kept <= 70
-    assert full.end.seen == seen + len(asked.frame.query(one, one.probes[0])) + len(" home") - 1
+    assert full.end.seen == seen + len(tested.query(one, one.probes[0])) + len(" home") - 1

@@ -20,7 +20,7 @@ from kvhive.evaluation.results import ROWS, read_rows
 from kvhive.evaluation.scheduler import State, evaluate
 from kvhive.evaluation.settings import Settings
 from kvhive.evaluation.tasks import TASKS
-from kvhive.evaluation.workers import Answer, Died, Failed, Worker
+from kvhive.evaluation.workers import Died, Failed, Reply, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray and its libraries warn of much
 ROWS_EACH = 3  # full, h2o@70 and the floor
@@ -93,18 +93,18 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RayWorker], No
     wait = RayPool.wait
 
     def watching(before: Callable[[RayWorker], None] = lambda worker: None) -> Watch:
-        def noted(crew: RayPool, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
+        def noted(pool: RayPool, busy: Sequence[Worker]) -> tuple[Worker, Reply | Failed | Died]:
             for worker in busy:
                 assert isinstance(worker, RayWorker)
                 before(worker)
-            worker, answer = wait(crew, busy)
+            worker, reply = wait(pool, busy)
             assert isinstance(worker, RayWorker)
-            if isinstance(answer, Died):
+            if isinstance(reply, Died):
                 seen.died += 1
-                seen.unplaced += not answer.at_work
+                seen.unplaced += not reply.at_work
             else:
                 seen.nodes.append(worker.here()[0])
-            return worker, answer
+            return worker, reply
 
         monkeypatch.setattr(RayPool, "wait", noted)
         return seen
@@ -113,13 +113,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RayWorker], No
 
 
 def test_both_nodes_work_and_the_file_is_the_same(address, settings, alone, tmp_path, watch):
-    told: list[State] = []
+    got: list[State] = []
     seen = watch()
-    out = evaluate(settings, tmp_path, ray=address, jobs=5, progress=told.append)
+    out = evaluate(settings, tmp_path, ray=address, jobs=5, progress=got.append)
     assert rows_file(out) == alone
     assert len(set(seen.nodes)) == 2
     assert not ray.is_initialized()
-    assert any(state.note == "the Ray cluster has room for 2 of 5 workers" for state in told)
+    assert any(state.note == "the Ray cluster has room for 2 of 5 workers" for state in got)
 
 
 def test_killed_workers_lose_nothing(address, settings, alone, tmp_path, watch):
@@ -193,10 +193,10 @@ from kvhive.evaluation.tasks.passkey import Passkey
 @TASKS.register("deadly")
 @dataclass(frozen=True)
 class Deadly(Passkey):
-    def run(self, asked, item, mode):
+    def run(self, tested, item, mode):
         if item.id == "passkey-1":
             os._exit(1)
-        return super().run(asked, item, mode)
+        return super().run(tested, item, mode)
 """
 
 

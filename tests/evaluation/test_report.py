@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from kvhive.cli import app
 from kvhive.evaluation.report.charts import Point, heat_map, quality_plot, ticks, turn_plot
 from kvhive.evaluation.report.csv import COLUMNS, as_csv
 from kvhive.evaluation.report.join import join
@@ -27,6 +29,7 @@ from kvhive.evaluation.scheduler import evaluate
 from kvhive.evaluation.settings import Settings
 from kvhive.evaluation.statistics import Interval
 
+RECORDED = Path(__file__).parents[2] / "docs" / "results" / "stream_buzz"
 BROWSERS = [
     name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)
 ]
@@ -56,6 +59,14 @@ def run(ran: Path) -> Run:
     return Run.read(ran)
 
 
+def test_a_recipe_is_found_under_the_name_it_was_recorded_with() -> None:
+    """Also where the method has another name now: buzz(history=log) became buzz_log."""
+    words = ["report", str(RECORDED), "--against", "buzz(history=log)@0.4"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "against buzz(history=log)@0.4" in " ".join(result.stdout.split())
+
+
 def shown(run: Run, width: int = 100) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
     for table in (*task_tables(run), leaderboard(run)):
@@ -81,9 +92,9 @@ def test_the_table_names_every_task_and_recipe(run):
 
 def test_unclear_tasks_are_told(run):
     """A random model can do nothing, so no task is clear of its floor by itself."""
-    told = run.unclear()
-    assert any(sentence.startswith("passkey") for sentence in told)
-    assert all("within 4 standard errors of the floor" in sentence for sentence in told)
+    got = run.unclear()
+    assert any(sentence.startswith("passkey") for sentence in got)
+    assert all("within 4 standard errors of the floor" in sentence for sentence in got)
 
 
 def test_csv_holds_every_figure(run):
@@ -155,8 +166,8 @@ def of_items(run: Run, name: str, recipe: str, items: range) -> Run:
     """The part of a run with these items of each task, and this recipe."""
     names: dict[tuple[str, str], list[str]] = {}
     for row in run.rows:
-        told = names.setdefault((row["task"], row["mode"]), [])
-        told += [row["item"]] * (row["item"] not in told)
+        got = names.setdefault((row["task"], row["mode"]), [])
+        got += [row["item"]] * (row["item"] not in got)
     rows = [
         row
         for row in run.rows
@@ -238,7 +249,7 @@ def test_texts_cannot_break_out_of_the_page(run):
 
 @pytest.mark.parametrize("browser", BROWSERS)
 def test_the_page_renders_in_a_browser(run, tmp_path, browser):
-    """Its scripts run to the end: the table sorts, and a number opens its items."""
+    """Its continuations run to the end: the table sorts, and a number opens its items."""
     click = (
         "<script>document.querySelectorAll('#leaderboard button')[1].click();"
         "document.querySelector('[data-items]').click();"

@@ -15,27 +15,27 @@ SETTINGS = {"recipes": ["full", "h2o@0.4"], "limit": 3}
 
 
 def unit(item: str) -> list[dict[str, object]]:
-    told = {"task": "kv", "mode": "aware", "item": item, "cluster": item}
+    got = {"task": "kv", "mode": "aware", "item": item, "cluster": item}
     more: dict[str, object] = {"scores": {"nll": 1.5}, "probes": [], "facts": {}}
-    return [{**told, "recipe": recipe, **more} for recipe in ("full", "none")]
+    return [{**got, "recipe": recipe, **more} for recipe in ("full", "none")]
 
 
 def test_rows_come_back(tmp_path):
-    with ResultsFolder(tmp_path / "deep" / "run") as journal:
-        assert journal.begin(SETTINGS, FACTS) == []
-        journal.append(unit("ä"))
-        journal.append(unit("b"))
+    with ResultsFolder(tmp_path / "deep" / "run") as results:
+        assert results.begin(SETTINGS, FACTS) == []
+        results.append(unit("ä"))
+        results.append(unit("b"))
     folder = tmp_path / "deep" / "run"
     assert read_rows(folder) == [*unit("ä"), *unit("b")]
     assert read_run(folder) == {"settings": SETTINGS, "facts": FACTS}
-    with ResultsFolder(folder) as journal:
-        assert journal.begin(SETTINGS, FACTS) == [*unit("ä"), *unit("b")]
+    with ResultsFolder(folder) as results:
+        assert results.begin(SETTINGS, FACTS) == [*unit("ä"), *unit("b")]
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
-    with ResultsFolder(tmp_path) as journal:
-        journal.begin(SETTINGS, FACTS)
-        journal.append(unit("a"))
+    with ResultsFolder(tmp_path) as results:
+        results.begin(SETTINGS, FACTS)
+        results.append(unit("a"))
     with (tmp_path / ROWS).open("ab") as file:
         file.write(b'{"item": "b", "rec')
     assert read_rows(tmp_path) == unit("a")
@@ -91,26 +91,26 @@ def test_a_folder_that_cannot_be_used_is_told(tmp_path):
     ],
 )
 def test_a_folder_holds_one_run(tmp_path, settings, facts, message):
-    with ResultsFolder(tmp_path) as journal:
-        journal.begin(SETTINGS, FACTS)
-    with ResultsFolder(tmp_path) as journal, pytest.raises(ValueError, match=message):
-        journal.begin(settings, facts)
+    with ResultsFolder(tmp_path) as results:
+        results.begin(SETTINGS, FACTS)
+    with ResultsFolder(tmp_path) as results, pytest.raises(ValueError, match=message):
+        results.begin(settings, facts)
 
 
 def test_versions_may_change_in_between(tmp_path):
-    with ResultsFolder(tmp_path) as journal:
-        journal.begin(SETTINGS, FACTS)
-    with ResultsFolder(tmp_path) as journal:
-        assert journal.begin(SETTINGS, {**FACTS, "torch": "2"}) == []
+    with ResultsFolder(tmp_path) as results:
+        results.begin(SETTINGS, FACTS)
+    with ResultsFolder(tmp_path) as results:
+        assert results.begin(SETTINGS, {**FACTS, "torch": "2"}) == []
 
 
 def test_rows_of_unknown_origin_are_not_touched(tmp_path):
     (tmp_path / ROWS).write_bytes(b'{"item": 1}\n')
     with (
-        ResultsFolder(tmp_path) as journal,
+        ResultsFolder(tmp_path) as results,
         pytest.raises(ValueError, match=r"has rows but no run\.json"),
     ):
-        journal.begin(SETTINGS, FACTS)
+        results.begin(SETTINGS, FACTS)
     assert (tmp_path / ROWS).read_bytes() == b'{"item": 1}\n'
 
 
@@ -121,15 +121,15 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         file.write(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with ResultsFolder(tmp_path) as journal:
-        journal.begin(SETTINGS, FACTS)
-        journal.append(unit("a"))
+    with ResultsFolder(tmp_path) as results:
+        results.begin(SETTINGS, FACTS)
+        results.append(unit("a"))
         with monkeypatch.context() as patch:
             patch.setattr(module, "_write", full)
             with pytest.raises(OSError, match="nothing is lost: make room and run the same"):
-                journal.append(unit("b"))
+                results.append(unit("b"))
         assert read_rows(tmp_path) == unit("a")
-        journal.append(unit("c"))
+        results.append(unit("c"))
     assert read_rows(tmp_path) == [*unit("a"), *unit("c")]
 
 
@@ -140,24 +140,24 @@ def test_a_disk_full_at_the_very_end_loses_nothing(tmp_path, monkeypatch, number
     def full(file, data):
         raise OSError(number, "no room")
 
-    with ResultsFolder(tmp_path) as journal:
-        journal.begin(SETTINGS, FACTS)
-        journal.append(unit("b"))
-        journal.append(unit("a"))
+    with ResultsFolder(tmp_path) as results:
+        results.begin(SETTINGS, FACTS)
+        results.append(unit("b"))
+        results.append(unit("a"))
         with monkeypatch.context() as patch:
             patch.setattr(module, "_write", full)
             with pytest.raises(OSError, match="nothing is lost: make room and run the same"):
-                journal.finish(lambda row: row["item"])
+                results.finish(lambda row: row["item"])
     assert read_rows(tmp_path) == [*unit("b"), *unit("a")]
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_finished_rows_are_in_order(tmp_path):
-    with ResultsFolder(tmp_path) as journal:
-        journal.begin(SETTINGS, FACTS)
+    with ResultsFolder(tmp_path) as results:
+        results.begin(SETTINGS, FACTS)
         for item in ("c", "a", "b"):
-            journal.append(unit(item))
-        journal.finish(lambda row: (row["item"], row["recipe"]))
+            results.append(unit(item))
+        results.finish(lambda row: (row["item"], row["recipe"]))
     lines = (tmp_path / ROWS).read_text().splitlines()
     assert [json.loads(line)["item"] for line in lines] == list("aabbcc")
     assert not list(tmp_path.glob("*.part"))

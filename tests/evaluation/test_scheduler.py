@@ -20,7 +20,7 @@ from kvhive.evaluation.settings import Settings, Unit
 from kvhive.evaluation.tasks import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
-from kvhive.evaluation.workers import Died, Failed, Processes
+from kvhive.evaluation.workers import Died, Failed, ProcessPool
 
 TASK = "passkey(lengths=(300,))"
 STREAM = "wikitext(tokens=300, skip=100)"
@@ -130,10 +130,10 @@ def test_another_run_in_the_same_folder_is_refused(settings, tmp_path):
 def test_progress_tells_the_time_left(settings, tmp_path):
     states: list[State] = []
     evaluate(replace(settings, tasks=(TASK,)), tmp_path / "run", progress=states.append)
-    told = [state for state in states if not state.note]
-    assert [state.done for state in told] == [0, 1, 2, 3, 4]
-    assert told[0].left is None
-    assert told[-1].left == 0
+    got = [state for state in states if not state.note]
+    assert [state.done for state in got] == [0, 1, 2, 3, 4]
+    assert got[0].left is None
+    assert got[-1].left == 0
     assert any("made up" in state.note for state in states)
 
 
@@ -150,31 +150,31 @@ def test_a_killed_worker_loses_nothing(settings, tmp_path, monkeypatch):
     whole = evaluate(settings, tmp_path / "whole")
     shot: list[int] = []
 
-    class Range(Processes):
+    class Range(ProcessPool):
         def wait(self, busy):
             if len(shot) == 0 and len(read_rows(tmp_path / "run")) >= 4:
                 shot.append(busy[0].process.pid)
                 os.kill(busy[0].process.pid, signal.SIGKILL)
             return super().wait(busy)
 
-    monkeypatch.setattr("kvhive.evaluation.scheduler.Processes", Range)
+    monkeypatch.setattr("kvhive.evaluation.scheduler.ProcessPool", Range)
     out = evaluate(settings, tmp_path / "run", jobs=2)
     assert shot
     assert rows_file(out) == rows_file(whole)
 
 
 class _Fragile:
-    """A crew whose workers die at one unit, always; or at everything."""
+    """A pool whose workers die at one unit, always; or at everything."""
 
     size = 1
     notes = ()
 
     def __init__(self, inner, number):
-        self.inner, self.number, self.unit, self.hired = inner, number, None, 0
+        self.inner, self.number, self.unit, self.started = inner, number, None, 0
         self.closed = False
 
-    def hire(self):
-        self.hired += 1
+    def start(self):
+        self.started += 1
         return self
 
     def send(self, unit):
@@ -197,11 +197,11 @@ def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(
     settings, tmp_path, monkeypatch
 ):
     settings = replace(settings, tasks=(TASK,), modes=("agnostic",)).checked()
-    fragile = _Fragile(workers_module.Alone(settings), 1)
-    monkeypatch.setattr("kvhive.evaluation.scheduler._crew", lambda *args: fragile)
+    fragile = _Fragile(workers_module.InProcess(settings), 1)
+    monkeypatch.setattr("kvhive.evaluation.scheduler._pool", lambda *args: fragile)
     with pytest.raises(OSError, match=r"3 workers died one after another at .*, item 1"):
         evaluate(settings, tmp_path / "run")
-    assert fragile.hired == 3
+    assert fragile.started == 3
     assert fragile.closed
     assert {row["item"] for row in read_rows(tmp_path / "run")} == {"passkey-0"}
 
@@ -211,10 +211,10 @@ def test_workers_that_never_get_to_the_plan_end_the_run_with_a_sentence(
 ):
     fragile = _Fragile(None, None)
     fragile.inner = type("Never", (), {"send": lambda self, unit: None})()
-    monkeypatch.setattr("kvhive.evaluation.scheduler._crew", lambda *args: fragile)
+    monkeypatch.setattr("kvhive.evaluation.scheduler._pool", lambda *args: fragile)
     with pytest.raises(OSError, match="3 workers died one after another while they loaded the"):
         evaluate(settings, tmp_path / "run")
-    assert fragile.hired == 3
+    assert fragile.started == 3
 
 
 def test_a_workers_error_is_told(settings, tmp_path):
@@ -307,10 +307,10 @@ class Greeting(Task):
     measures = (EXACT, NLL)
     modes: ClassVar = ("agnostic",)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """Three of them."""
         for number in range(3):
-            name = desk.random("greeting", number).choice(["Ann", "Bob", "Cid"])
+            name = context.random("greeting", number).choice(["Ann", "Bob", "Cid"])
             probe = Probe(" Who is here?", cue="Here is", target=f" {name}")
             yield Item(f"hello-{number}", f"Hello, {name}!" * 20, "Hello!", (probe,))
 

@@ -161,12 +161,12 @@ def test_the_leaderboard_takes_clear_tasks_alone():
 
 
 def test_means_by_fact():
-    told = [
+    got = [
         {**row(0, "full", 1.0), "facts": {"turn": 1}},
         {**row(1, "full", 0.0), "facts": {"turn": 1}},
         {**row(2, "full", 1.0), "facts": {"turn": 2}},
     ]
-    assert by_fact(told, "choice", "turn") == {"full": {1: 0.5, 2: 1.0}}
+    assert by_fact(got, "choice", "turn") == {"full": {1: 0.5, 2: 1.0}}
 
 
 def test_the_pareto_front():

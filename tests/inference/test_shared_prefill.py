@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.evaluation.scoring import ModelRunner
-from kvhive.evaluation.teacher_forcing import lead
+from kvhive.evaluation.teacher_forcing import attended_by
+from kvhive.inference.driver import Driver
 from kvhive.inference.shared_prefill import SharedPrefill, SharedStep, reads_like_others
 from kvhive.policies import POLICIES
 from tests.support import random_ids, tiny, tiny_llama
@@ -74,7 +74,7 @@ def test_caches_that_shared_a_prompt_do_not_share_memory():
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_a_choir_sings_what_each_voice_sings_alone(size):
+def test_a_shared_step_gives_what_each_cache_gives_alone(size):
     model, ids = tiny_llama(dtype=torch.float64), random_ids(1, 90)
     more = random_ids(1, 25, seed=1)
     caches = read_together(model, RECIPES, ids)
@@ -82,8 +82,8 @@ def test_a_choir_sings_what_each_voice_sings_alone(size):
     for start in range(0, 25, size):
         step = more[:, start : start + size]
         with torch.no_grad():
-            choir = SharedStep(caches, [1] * len(caches))
-            together = model(step.expand(len(caches), -1), past_key_values=choir).logits
+            shared = SharedStep(caches, [1] * len(caches))
+            together = model(step.expand(len(caches), -1), past_key_values=shared).logits
             for place, cache in enumerate(alone):
                 own = model(step, past_key_values=cache).logits[0]
                 assert torch.allclose(together[place], own, atol=1e-4)
@@ -91,7 +91,7 @@ def test_a_choir_sings_what_each_voice_sings_alone(size):
         same(shared, own)
 
 
-def test_voices_may_have_several_rows_each():
+def test_caches_may_have_several_rows_each():
     model, ids = tiny_llama(dtype=torch.float64), random_ids(1, 60)
     caches = read_together(model, ["full", "h2o@30"], ids)
     copies = [caches[0].fork(), caches[1].fork()]
@@ -125,7 +125,7 @@ def test_attention_on_what_is_held():
     model = tiny_llama(dtype=torch.float64)
     ids, scored = random_ids(1, 60), tuple(random_ids(8, seed=3).tolist())
     caches = read_together(model, ["full", "window@20"], ids)
-    full, window = lead(ModelRunner(model), caches, scored)
+    full, window = attended_by(Driver(model), caches, scored)
     assert full.mass == pytest.approx(1)
     assert full.error == 0
     eager = tiny_llama(dtype=torch.float64)

@@ -224,8 +224,8 @@ def test_a_recipe_needs_cells_and_window_to_do_without_a_budget() -> None:
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"cells": 0}, "cells must be at least 1, got 0"),
-        ({"threshold": 9}, "threshold must be at least 10, got 9"),
-        ({"threshold": 5, "stride": 3}, "threshold must be at least 6, got 5"),
+        ({"threshold": 9}, r"threshold must be at least 2 \* stride = 10, got 9"),
+        ({"threshold": 5, "stride": 3}, r"threshold must be at least 2 \* stride = 6, got 5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: str) -> None:

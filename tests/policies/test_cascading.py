@@ -201,16 +201,13 @@ def test_recipes() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"levels": 0}, "levels must be at least 1, got 0"),
-        ({"levels": 33}, "levels must be at most 32, got 33"),
+        ({"levels": 0}, "levels must be between 1 and 32, got 0"),
+        ({"levels": 33}, "levels must be between 1 and 32, got 33"),
         ({"sink": -1}, "sink must be at least 0, got -1"),
         ({"places": 0}, "places must be at least 1, got 0"),
         ({"beta": 1.0}, r"beta must lie in \(0, 1\), got 1.0"),
-        (
-            {"strides": (1, 2)},
-            r"strides must be 4 numbers of at least 1, one a level, got \[1, 2\]",
-        ),
-        ({"strides": (1, 2, 0, 4)}, r"strides must be 4 numbers .* got \[1, 2, 0, 4\]"),
+        ({"strides": (1, 2)}, r"strides must be 4 numbers, one a level, got \[1, 2\]"),
+        ({"strides": (1, 2, 0, 4)}, "strides must be at least 1, got 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(knobs: dict[str, Any], message: str) -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvhive.policies.base import one_of
 from kvhive.policies.keydiff import KeyDiff
 from kvhive.recipe import Recipe
 from tests.support import Feeder
@@ -109,10 +108,6 @@ def test_a_cluster_gives_way_to_what_stands_apart() -> None:
 
 @pytest.mark.parametrize("knobs", ["anchor=middle", "anchor=3"])
 def test_bad_knobs(knobs: str) -> None:
-    """In a recipe, and by hand."""
+    """In a recipe."""
     with pytest.raises(ValueError, match="keydiff: anchor must be 'unit' or 'plain', got"):
         Recipe.parse(f"keydiff({knobs})@20")
-    with pytest.raises(
-        ValueError, match=r"keydiff: anchor must be one of \('unit',\), got 'plain'"
-    ):
-        one_of("keydiff", "anchor", "plain", ("unit",))

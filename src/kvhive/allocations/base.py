@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvhive.calibration import Profile
 from kvhive.registry import Registry
+from kvhive.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(Spec):
     """Base of all allocations. Fields are hyper-parameters.
 
     compete: who shares anew at each eviction, by the scores tokens have then: nobody ("none": the
@@ -36,7 +37,6 @@ class Allocation:
     for no profile.
     """
 
-    name: ClassVar[str]
     compete: ClassVar[Literal["none", "layer", "model"]] = "none"
     profile: ClassVar[str | None] = None
 

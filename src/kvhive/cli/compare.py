@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,20 +24,14 @@ from kvhive.cli.console import (
     out,
     recipe_bars,
 )
+from kvhive.inference.modes import QuestionMode
 
 if TYPE_CHECKING:
     from kvhive.comparison.compare import Result
-    from kvhive.inference.chat import Prompt
     from kvhive.inference.document import Document
+    from kvhive.inference.prompt import Prompt
 
 _DEFAULT_RECIPES = ["full", "buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
-
-
-class Mode(str, Enum):
-    """Whether the question is known when the document is compressed."""
-
-    agnostic = "agnostic"
-    aware = "aware"
 
 
 def register(app: typer.Typer) -> None:
@@ -72,9 +65,9 @@ def compare(
         int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
     ] = 64,
     mode: Annotated[
-        Mode,
+        QuestionMode,
         typer.Option(help="agnostic: compress before the question is seen; aware: with it."),
-    ] = Mode.agnostic,
+    ] = "agnostic",
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
     model: Model = "smollm2",
@@ -96,8 +89,8 @@ def compare(
     from kvhive.comparison.compare import compare as run
     from kvhive.html.page import check_writable
     from kvhive.html.plot import check_plots
-    from kvhive.inference.chat import DEFAULT_QUESTION, Prompt
     from kvhive.inference.document import Document
+    from kvhive.inference.prompt import DEFAULT_QUESTION, Prompt
     from kvhive.recipe import Recipe
 
     recipes = [Recipe.parse(text) for text in recipe or _DEFAULT_RECIPES]
@@ -118,7 +111,7 @@ def compare(
             questions,
             recipes,
             max_new_tokens=max_new_tokens,
-            mode=mode.value,
+            mode=mode,
             prefill_chunk=prefill_chunk,
             progress=progress,
         )
@@ -156,13 +149,13 @@ def as_data(results: list[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(prompt: Prompt, model: str, dtype: str, device: str, mode: Mode) -> list[str]:
+def _facts(prompt: Prompt, model: str, dtype: str, device: str, mode: QuestionMode) -> list[str]:
     import torch
 
     threads = torch.get_num_threads()
     place = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
     seen = {"agnostic": "compressed before the question is seen", "aware": "question seen"}
-    return [f"{len(prompt.prefix):,} tokens", f"{model} in {dtype}", place, seen[mode.value]]
+    return [f"{len(prompt.prefix):,} tokens", f"{model} in {dtype}", place, seen[mode]]
 
 
 def _notes(results: list[Result], prompt: Prompt, model: str) -> list[str]:

@@ -148,7 +148,7 @@ def recipe_bars(recipes: list[str]) -> Iterator[Any]:
         def add(recipe: str) -> None:
             bars[recipe] = progress.add_task(recipe, total=1.0, start=False, doing="waiting")
 
-        def tell(recipe: str, doing: str, share: float) -> None:
+        def update(recipe: str, doing: str, share: float) -> None:
             if recipe not in bars:
                 add(recipe)
             progress.start_task(bars[recipe])
@@ -158,7 +158,7 @@ def recipe_bars(recipes: list[str]) -> Iterator[Any]:
 
         for recipe in recipes:
             add(recipe)
-        yield tell
+        yield update
 
 
 def _sentence(error: BaseException) -> str:

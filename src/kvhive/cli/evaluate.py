@@ -150,7 +150,7 @@ def _bar() -> Iterator[Callable[[State], None]]:
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         bar: Any = progress.add_task("loading", total=None)
 
-        def tell(state: State) -> None:
+        def update(state: State) -> None:
             if state.note:
                 note(state.note)
                 return
@@ -162,7 +162,7 @@ def _bar() -> Iterator[Callable[[State], None]]:
                 description=f"{_clock(state.elapsed)}{left}  {state.unit}",
             )
 
-        yield tell
+        yield update
 
 
 def _clock(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvhive.cli.words import needs_text
+from kvhive.cli.needs import needs_text
 from kvhive.policies import POLICIES, Policy
 
 
@@ -17,7 +17,7 @@ def methods_table() -> str:
 
 
 def _row(name: str, policy: type[Policy]) -> str:
-    knobs = ", ".join(f"`{knob.name}`={_plain(knob.default)}" for knob in policy.knobs()) or "-"
+    knobs = ", ".join(f"`{knob.name}`={knob.spell(knob.default)}" for knob in policy.knobs()) or "-"
     source = policy.source.split(",")[0].strip()
     if source.startswith("arXiv:"):
         source = f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})"
@@ -32,7 +32,3 @@ def _row(name: str, policy: type[Policy]) -> str:
         policy.cost,
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

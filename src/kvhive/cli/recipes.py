@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kvhive.cli.console import out
-from kvhive.cli.words import needs_text
+from kvhive.cli.needs import needs_text
 
 if TYPE_CHECKING:
     from kvhive.policies import Policy
     from kvhive.registry import Registry
+    from kvhive.spec import Spec
 
 
 def register(app: typer.Typer) -> None:
@@ -125,19 +125,14 @@ def _facts(policy: type[Policy]) -> Padding:
     return Padding(table, (0, 0, 1, 2))
 
 
-def _knob_table(member: type[Any]) -> Table | Text:
-    if not fields(member):
+def _knob_table(member: type[Spec]) -> Table | Text:
+    if not member.knobs():
         return Text("  no knobs", style="dim")
     table = _table("knobs", "knob", "default", "meaning")
-    for field in fields(member):
-        meaning = field.metadata.get("meaning", "")
-        table.add_row(Text(field.name, style="bold"), _plain(field.default), Text(meaning))
+    for knob in member.knobs():
+        default = Text(knob.spell(knob.default))
+        table.add_row(Text(knob.name, style="bold"), default, Text(knob.meaning))
     return table
-
-
-def _plain(value: object) -> str:
-    """A default as a recipe writes it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _table(title: str, *columns: str) -> Table:

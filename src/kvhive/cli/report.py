@@ -59,7 +59,9 @@ def report(
     for path in (csv, markdown, html):
         if path is not None:
             check_writable(path)
-    run = join([Run.read(folder) for folder in folders]).against(str(Recipe.parse(against)))
+    run = join([Run.read(folder) for folder in folders])
+    recorded = against in run.settings["recipes"]  # perhaps under a name that methods had once
+    run = run.against(against if recorded else str(Recipe.parse(against)))
     show(run)
     if csv is not None:
         write_page(csv, as_csv(run.scores))

@@ -67,9 +67,9 @@ def show(
     from kvhive.comparison.shading import pieces, shade
     from kvhive.comparison.survivors import Survivors
     from kvhive.html.page import check_writable, write_page
-    from kvhive.inference.chat import Prompt
     from kvhive.inference.document import Document
     from kvhive.inference.generation import check_length, read
+    from kvhive.inference.prompt import Prompt
     from kvhive.recipe import Recipe
 
     parsed = Recipe.parse(recipe)

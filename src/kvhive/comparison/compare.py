@@ -7,26 +7,26 @@ with the full cache's on the same text.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.report import Report
+from kvhive.comparison.clock import seconds_when_done
 from kvhive.comparison.survivors import Survivors
-from kvhive.inference.chat import Prompt
 from kvhive.inference.generation import check_length, decode, end_tokens, read
+from kvhive.inference.modes import QUESTION_MODES, QuestionMode
+from kvhive.inference.prompt import Prompt
 from kvhive.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Mode = Literal["agnostic", "aware"]
 Progress = Callable[[str, str, float], None]
 REFERENCE = Recipe.parse("full")
 _READING, _WARM_UP = 0.4, 64
@@ -47,7 +47,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question and what was said to it. tokens: its ids, the end of the turn included."""
+    """One question and the answer to it. tokens: its ids, the end of the turn included."""
 
     question: str
     text: str
@@ -83,7 +83,7 @@ def compare(
     recipes: Sequence[Recipe | str],
     *,
     max_new_tokens: int = 64,
-    mode: Mode = "agnostic",
+    mode: QuestionMode = "agnostic",
     prefill_chunk: int | None = None,
     progress: Progress | None = None,
 ) -> list[Result]:
@@ -91,7 +91,8 @@ def compare(
 
     mode: "agnostic" compresses the document before a question is seen and asks each question on a
     copy; "aware" reads document and question together. prefill_chunk: read in steps of so many
-    tokens. progress: told (recipe, what happens now, share done).
+    tokens. progress: called with (recipe, what happens now, share
+    done).
 
     A document beyond the length the model was trained on has no full cache to compare with: the
     recipes that can read it run without the reference, and their `fidelity` is None.
@@ -103,27 +104,27 @@ def compare(
     for name, tokens in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
         if tokens is not None and tokens < 1:
             raise ValueError(f"{name} must be at least 1, got {tokens}")
-    if mode not in ("agnostic", "aware"):
-        raise ValueError(f"mode must be 'agnostic' or 'aware', got {mode!r}")
+    if mode not in QUESTION_MODES:
+        raise ValueError(f"mode must be one of {', '.join(QUESTION_MODES)}, got {mode!r}")
     prompt = Prompt.build(tokenizer, document, list(questions))
-    asked = list(dict.fromkeys(Recipe.parse(recipe) for recipe in recipes))
-    bench = _Bench(
+    wanted = list(dict.fromkeys(Recipe.parse(recipe) for recipe in recipes))
+    comparison = _Comparison(
         model, tokenizer, prompt, tuple(questions), max_new_tokens, mode, prefill_chunk, progress
     )
-    order = bench.order(asked)
-    bench.warm_up()
-    reference: list[_Spoken] | None = None
+    order = comparison.order(wanted)
+    comparison.warm_up()
+    reference: list[_Generated] | None = None
     results = []
     for recipe in order:
-        result, spoken = bench.run(recipe, reference)
+        result, answers = comparison.run(recipe, reference)
         results.append(result)
         if recipe == REFERENCE:
-            reference = spoken
+            reference = answers
     return results
 
 
 @dataclass(frozen=True)
-class _Spoken:
+class _Generated:
     """A greedy answer: its ids, the logits each was taken from, and the seconds of every step."""
 
     ids: list[int]
@@ -132,7 +133,7 @@ class _Spoken:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _Comparison:
     """What all recipes of one comparison share."""
 
     model: PreTrainedModel
@@ -140,14 +141,14 @@ class _Bench:
     prompt: Prompt
     questions: tuple[str, ...]
     limit: int
-    mode: Mode
+    mode: QuestionMode
     chunk: int | None
     progress: Progress | None
 
-    def order(self, asked: list[Recipe]) -> list[Recipe]:
+    def order(self, wanted: list[Recipe]) -> list[Recipe]:
         """The reference, unless it cannot run, and then the others; all of them checked."""
-        others = [recipe for recipe in asked if recipe != REFERENCE]
-        if not others or REFERENCE in asked or self._fits(REFERENCE):
+        others = [recipe for recipe in wanted if recipe != REFERENCE]
+        if not others or REFERENCE in wanted or self._fits(REFERENCE):
             others.insert(0, REFERENCE)
         for recipe in others:
             cache = HiveCache.for_model(self.model, recipe)
@@ -161,31 +162,34 @@ class _Bench:
         for _ in decode(self.model, cache, logits, 3):
             pass
 
-    def run(self, recipe: Recipe, reference: list[_Spoken] | None) -> tuple[Result, list[_Spoken]]:
+    def run(
+        self, recipe: Recipe, reference: list[_Generated] | None
+    ) -> tuple[Result, list[_Generated]]:
         """Read, answer every question, and measure the distance from the reference."""
         name, count = str(recipe), len(self.questions)
         base, prefill_seconds = None, []
-        spoken: list[_Spoken] = []
+        answers: list[_Generated] = []
         distances: list[tuple[float, bool]] = []
         for number in range(count):
             if base is None or self.mode == "aware":
-                start = time.perf_counter()
+                start = self._seconds()
                 base, logits = self._read(recipe, number, name)
-                prefill_seconds.append(time.perf_counter() - start)
+                prefill_seconds.append(self._seconds() - start)
             if number == 0:
                 report, survivors = base.report(), Survivors.of(base)
-            self._tell(
+            self._notify(
                 name, f"question {number + 1} of {count}", number / count, after_reading=True
             )
             cache = base
             if self.mode == "agnostic":
                 cache = base.fork()
                 logits = read(self.model, cache, self.prompt.questions[number])
-            spoken.append(self._speak(cache.fork(), logits))
+            answers.append(self._generate(cache.fork(), logits))
             if reference is not None:
-                distances += self._distances(cache, logits, spoken[-1], reference[number])
-        self._tell(name, "done", 1.0)
-        return self._result(recipe, spoken, report, survivors, prefill_seconds, distances), spoken
+                distances += self._distances(cache, logits, answers[-1], reference[number])
+        self._notify(name, "done", 1.0)
+        result = self._result(recipe, answers, report, survivors, prefill_seconds, distances)
+        return result, answers
 
     def _read(self, recipe: Recipe, number: int, name: str) -> tuple[HiveCache, Tensor]:
         """A cache that holds the document (aware: and the question), and the logits after it."""
@@ -193,28 +197,31 @@ class _Bench:
         if self.mode == "aware":
             ids += self.prompt.questions[number]
         doing = f"reading {len(ids):,} tokens"
-        self._tell(name, doing, 0.0)
+        self._notify(name, doing, 0.0)
         cache = HiveCache.for_model(self.model, recipe)
         logits = read(
             self.model,
             cache,
             ids,
             self.chunk,
-            lambda share: self._tell(name, doing, share * _READING),
+            lambda share: self._notify(name, doing, share * _READING),
         )
         return cache, logits
 
-    def _speak(self, cache: HiveCache, logits: Tensor) -> _Spoken:
+    def _generate(self, cache: HiveCache, logits: Tensor) -> _Generated:
         ends = end_tokens(self.model, self.tokenizer)
-        said, times = [], []
+        pairs, times = [], []
         for pair in decode(self.model, cache, logits, self.limit, ends):
-            times.append(time.perf_counter())
-            said.append(pair)
+            times.append(self._seconds())
+            pairs.append(pair)
         seconds = [later - sooner for sooner, later in pairwise(times)]
-        return _Spoken([token for token, _ in said], [step for _, step in said], seconds)
+        return _Generated([token for token, _ in pairs], [step for _, step in pairs], seconds)
+
+    def _seconds(self) -> float:
+        return seconds_when_done(self.model.device)
 
     def _distances(
-        self, cache: HiveCache, logits: Tensor, own: _Spoken, reference: _Spoken
+        self, cache: HiveCache, logits: Tensor, own: _Generated, reference: _Generated
     ) -> list[tuple[float, bool]]:
         """KL and top-1 agreement at every token of the reference's answer, fed through `cache`."""
         if own.ids == reference.ids:
@@ -229,7 +236,7 @@ class _Bench:
     def _result(
         self,
         recipe: Recipe,
-        spoken: list[_Spoken],
+        generated: list[_Generated],
         report: Report,
         survivors: Survivors,
         prefill_seconds: list[float],
@@ -237,15 +244,15 @@ class _Bench:
     ) -> Result:
         reference = recipe == REFERENCE
         if reference:
-            distances = [(0.0, True) for said in spoken for _ in said.ids]
-        texts = [self.tokenizer.decode(said.ids, skip_special_tokens=True) for said in spoken]
-        seconds = [step for said in spoken for step in said.seconds]
+            distances = [(0.0, True) for one in generated for _ in one.ids]
+        texts = [self.tokenizer.decode(one.ids, skip_special_tokens=True) for one in generated]
+        seconds = [step for one in generated for step in one.seconds]
         return Result(
             recipe=str(recipe),
             reference=reference,
             answers=tuple(
-                Answer(question, str(text).strip(), tuple(said.ids))
-                for question, text, said in zip(self.questions, texts, spoken, strict=True)
+                Answer(question, str(text).strip(), tuple(one.ids))
+                for question, text, one in zip(self.questions, texts, generated, strict=True)
             ),
             report=report,
             survivors=survivors,
@@ -263,7 +270,7 @@ class _Bench:
             return False
         return True
 
-    def _tell(self, recipe: str, doing: str, share: float, after_reading: bool = False) -> None:
+    def _notify(self, recipe: str, doing: str, share: float, after_reading: bool = False) -> None:
         if self.progress is not None:
             self.progress(
                 recipe, doing, _READING + share * (1 - _READING) if after_reading else share

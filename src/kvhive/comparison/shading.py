@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from kvhive.comparison.survivors import Survivors
-from kvhive.inference.chat import Prompt
+from kvhive.inference.prompt import Prompt
 
 _WORD = re.compile(r"\S+|\s+")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -33,14 +33,3 @@ def device(asked: str | None) -> str:
     if torch.cuda.is_available():
         return asked or "cuda"
     return "cpu" if asked is None or asked.startswith("cuda") else asked
-
-
-def split(text: str) -> Iterator[str]:
-    """The parts between commas that stand outside of brackets."""
-    start = depth = 0
-    for place, letter in enumerate(f"{text},"):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            if part := text[start:place].strip():
-                yield part
-            start = place + 1

@@ -26,17 +26,19 @@ from tqdm import tqdm
 
 from kvhive import __version__
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.engines.arguments import count, known, split
+from kvhive.engines.arguments import count, known
 from kvhive.engines.arguments import device as device_for
 from kvhive.engines.rows import AT_ONCE, Rows, padded
 from kvhive.engines.tally import Tally
-from kvhive.evaluation.scoring import MOST_BYTES, ModelRunner
+from kvhive.evaluation.scoring import MOST_BYTES
+from kvhive.inference.driver import Driver
 from kvhive.model.loading import load
 from kvhive.recipe import Recipe
+from kvhive.spec import split
 
 BLOCK = 32  # tokens of a text without a question that are fed between two evictions
 Request = tuple[Any, list[int], list[int]]  # texts or None; ids of context and continuation
-Answer = tuple[float, bool]  # log probability; whether greedy decoding would say it
+Likelihood = tuple[float, bool]  # log probability; whether greedy decoding would write it
 
 _OURS = (
     *("pretrained", "recipe", "dtype", "device", "batch_size", "max_batch_size", "tokenizer"),
@@ -92,7 +94,7 @@ class KvhiveLM(HFLM):  # type: ignore[misc]
         self.positions = HiveCache.for_model(pretrained, self.recipe).positions  # or says why not
         with _without_advice():
             super().__init__(pretrained, tokenizer=tokenizer, batch_size=size, **more)
-        self.stage = ModelRunner(self.model)
+        self.driver = Driver(self.model)
         self.tally = Tally()
 
     @classmethod
@@ -155,7 +157,7 @@ class KvhiveLM(HFLM):  # type: ignore[misc]
         requests: Sequence[Request],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
-    ) -> list[Answer]:
+    ) -> list[Likelihood]:
         """An answer for every request; those with the same context share one reading of it.
 
         Without texts (the windows of a rolling log-likelihood) there is no context to compress:
@@ -167,7 +169,7 @@ class KvhiveLM(HFLM):  # type: ignore[misc]
         groups = self._by_context(requests)
         contexts = sorted(groups, key=lambda ids: (-len(ids), ids))
         size = override_bs or self.batch_size
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Likelihood] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations") as bar:
             for start in range(0, len(contexts), size):
                 batch = contexts[start : start + size]
@@ -199,7 +201,7 @@ class KvhiveLM(HFLM):  # type: ignore[misc]
 
     def _answers(
         self, contexts: Sequence[Sequence[int]], wanted: Sequence[tuple[int, list[int]]]
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Likelihood]:
         """For (row, continuation) of `wanted`; as many at once as memory allows."""
         ids, real = padded(contexts)
         rows = self._read(ids, real, ids.shape[1])
@@ -209,23 +211,23 @@ class KvhiveLM(HFLM):  # type: ignore[misc]
         for start in range(0, len(wanted), most):
             part = wanted[start : start + most]
             filled = [[*c, *[c[-1]] * (longest - len(c))] for _, c in part]
-            told = rows.score(torch.tensor(filled), [row for row, _ in part])
-            for logprobs, hits, (_, continuation) in zip(*told, part, strict=True):
+            scores = rows.score(torch.tensor(filled), [row for row, _ in part])
+            for logprobs, hits, (_, continuation) in zip(*scores, part, strict=True):
                 yield _answer(logprobs[: len(continuation)], hits[: len(continuation)])
 
-    def _stream(self, requests: Sequence[Request]) -> list[Answer]:
-        rows = Rows(self.stage, self.recipe)
+    def _stream(self, requests: Sequence[Request]) -> list[Likelihood]:
+        rows = Rows(self.driver, self.recipe)
         ids, real = padded([[*context, *continuation] for _, context, continuation in requests])
-        told = rows.stream(ids, real, self.block or BLOCK)
+        scores = rows.stream(ids, real, self.block or BLOCK)
         self.tally.add(rows.cache)
         return [
             _answer(logprobs[-len(continuation) :], hits[-len(continuation) :])
-            for logprobs, hits, (_, _, continuation) in zip(*told, requests, strict=True)
+            for logprobs, hits, (_, _, continuation) in zip(*scores, requests, strict=True)
         ]
 
     def _read(self, ids: Tensor, real: Tensor, stop: int) -> Rows:
         """Compress all of `[rows, tokens]` but what is held back; feed that up to column `stop`."""
-        rows = Rows(self.stage, self.recipe)
+        rows = Rows(self.driver, self.recipe)
         cut = max(0, ids.shape[1] - self.hold_back)
         rows.read(ids[:, :cut], real[:, :cut], self.block)
         self.tally.add(rows.cache)
@@ -239,7 +241,7 @@ def main(arguments: Iterable[str]) -> None:
     cli_evaluate()
 
 
-def _answer(logprobs: Tensor, hits: Tensor) -> Answer:
+def _answer(logprobs: Tensor, hits: Tensor) -> Likelihood:
     return float(logprobs.sum()), bool(hits.all())
 
 

@@ -6,14 +6,14 @@ then fed as it would be alone, and comes out as it would alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.evaluation.scoring import ModelRunner, needs_single_steps, score
+from kvhive.evaluation.sequences import needs_single_steps, score
+from kvhive.inference.driver import Driver, chunks
 from kvhive.recipe import Recipe
 
 AT_ONCE = 32  # tokens scored in one step where the recipe allows it: bounds the logits held
@@ -22,12 +22,12 @@ AT_ONCE = 32  # tokens scored in one step where the recipe allows it: bounds the
 class Rows:
     """One cache for several texts, and what comes next in each.
 
-    stage: the model. logits: `[rows, vocabulary]` of the next token; None before anything was fed.
+    logits: `[rows, vocabulary]` of the next token; None before anything was fed.
     """
 
-    def __init__(self, stage: ModelRunner, recipe: Recipe) -> None:
-        self.stage = stage
-        self.cache = HiveCache.for_model(stage.model, recipe)
+    def __init__(self, driver: Driver, recipe: Recipe) -> None:
+        self.driver = driver
+        self.cache = HiveCache.for_model(driver.model, recipe)
         self.logits: Tensor | None = None
         self._mask: Tensor | None = None  # bool [rows, seen], False for padding
         self._singly = needs_single_steps(self.cache)
@@ -37,16 +37,16 @@ class Rows:
 
         real: bool, as `ids`, False for padding.
         """
-        for start, stop in _cuts(ids.shape[1], block or ids.shape[1]):
+        for start, stop in chunks(ids.shape[1], block, from_end=True):
             self._step(ids[:, start:stop], real[:, start:stop], 1)
 
     def stream(self, ids: Tensor, real: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """As `read`, scoring each token under what the block before left: `[rows, tokens - 1]`."""
-        return self._scored(ids, real, _cuts(ids.shape[1] - 1, block))
+        return self._scored(ids, real, chunks(ids.shape[1] - 1, block, from_end=True))
 
     def follow(self, ids: Tensor, real: Tensor) -> None:
         """Feed tokens as decoding would: nothing is compressed anew."""
-        for start, stop in _cuts(ids.shape[1], self._size()):
+        for start, stop in chunks(ids.shape[1], self._size(), from_end=True):
             self._step(ids[:, start:stop], real[:, start:stop], 1)
 
     def score(self, ids: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -62,16 +62,16 @@ class Rows:
         parts = [(first[0][:, None], first[1][:, None])]
         if ids.shape[1] > 1:
             copy = self._take(index)
-            cuts = _cuts(ids.shape[1] - 1, copy._size())
-            parts.append(copy._scored(ids, torch.ones_like(ids, dtype=torch.bool), cuts))
+            steps = chunks(ids.shape[1] - 1, copy._size(), from_end=True)
+            parts.append(copy._scored(ids, torch.ones_like(ids, dtype=torch.bool), steps))
         logprobs, hits = (torch.cat(kind, 1) for kind in zip(*parts, strict=True))
         return logprobs, hits
 
     def _take(self, index: Tensor) -> Rows:
         """A copy with these rows, in this order."""
-        copy = Rows(self.stage, self.cache.recipe)
+        copy = Rows(self.driver, self.cache.recipe)
         copy.cache = self.cache.fork()
-        copy.cache.batch_select_indices(index.to(self.stage.model.device))
+        copy.cache.batch_select_indices(index.to(self.driver.model.device))
         copy._mask = None if self._mask is None else self._mask[index]
         return copy
 
@@ -83,26 +83,26 @@ class Rows:
         return AT_ONCE
 
     def _scored(
-        self, ids: Tensor, real: Tensor, cuts: Iterator[tuple[int, int]]
+        self, ids: Tensor, real: Tensor, steps: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
         """Feed all but the last token; score each but the first."""
         logprobs = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.float64)
         hits = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
-        for start, stop in cuts:
-            said = self._step(ids[:, start:stop], real[:, start:stop], stop - start)
-            wanted = ids[:, start + 1 : stop + 1].to(said.device)
+        for start, stop in steps:
+            logits = self._step(ids[:, start:stop], real[:, start:stop], stop - start)
+            wanted = ids[:, start + 1 : stop + 1].to(logits.device)
             for place in range(stop - start):
                 at = start + place
-                logprobs[:, at], hits[:, at] = score(said[:, place], wanted[:, place])
+                logprobs[:, at], hits[:, at] = score(logits[:, place], wanted[:, place])
         return logprobs, hits
 
     def _step(self, ids: Tensor, real: Tensor, keep: int) -> Tensor:
         self._mask = real if self._mask is None else torch.cat([self._mask, real], 1)
-        mask = self._mask.to(self.stage.model.device, torch.int64)
+        mask = self._mask.long()
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        said = self.stage.step(self.cache, ids, keep, attention_mask=mask, position_ids=positions)
-        self.logits = said[:, -1]
-        return said
+        logits = self.driver.step(self.cache, ids, keep, mask, positions)
+        self.logits = logits[:, -1]
+        return logits
 
 
 def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -111,8 +111,3 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[*[0] * (width - len(text)), *text] for text in texts], dtype=torch.int64)
     lengths = torch.tensor([len(text) for text in texts])
     return ids, torch.arange(width) >= width - lengths[:, None]
-
-
-def _cuts(width: int, size: int) -> Iterator[tuple[int, int]]:
-    """Steps of `size` tokens, the first of what is left over."""
-    return pairwise(sorted({0, *range(width, 0, -max(1, size))}))

@@ -1,4 +1,4 @@
-"""A worker's bench: the model, the recipes, every task's items; runs one unit at a time."""
+"""What a worker works with: the model, the recipes, every task's items; one unit at a time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvhive import __version__
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.evaluation.data import open_source
-from kvhive.evaluation.framing import ChatFormat
 from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.evaluation.settings import NONE, Settings, Unit
 from kvhive.evaluation.tasks import Conversation, Task
 from kvhive.evaluation.tasks.context import TaskContext
-from kvhive.evaluation.types import Answers, CacheStats, Item, RecipeResult
+from kvhive.evaluation.types import CacheStats, Item, MeasureInput, RecipeResult
+from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import end_tokens
 from kvhive.plugins import load_plugins
 
@@ -37,7 +37,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class Plan:
-    """All units in order, the names of their items, what identifies the run, and what to tell the
+    """All units in order, the names of their items, what identifies the run, and notes for the
     user.
     """
 
@@ -63,10 +63,10 @@ class Evaluator:
         self.recipes = settings.parsed_recipes()
         for recipe in self.recipes:
             HiveCache.for_model(self.model, recipe)  # says now what cannot work with this model
-        self.desk = TaskContext(self.source, tokenizer, settings.seed)
-        stage = ModelRunner(self.model, settings.block, hold=settings.hold)
+        self.context = TaskContext(self.source, tokenizer, settings.seed)
+        runner = ModelRunner(self.model, settings.block, hold=settings.hold)
         ends = end_tokens(self.model, tokenizer)
-        self.asked = ModelUnderTest(stage, ChatFormat.of(tokenizer), ends, tuple(self.recipes))
+        self.tested = ModelUnderTest(runner, ChatFormat.of(tokenizer), ends, tuple(self.recipes))
         self._items: dict[str, tuple[list[Item], int]] = {}
 
     # ---- the plan -------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Evaluator:
     def _fitting(self, text: str) -> tuple[list[Item], int]:
         """A task's first items that fit the model, and how many were too long."""
         if text not in self._items:
-            drawn = list(islice(self.tasks[text].items(self.desk), self.settings.limit))
+            drawn = list(islice(self.tasks[text].items(self.context), self.settings.limit))
             names = Counter(item.id for item in drawn)
             if len(names) < len(drawn):
                 twice = names.most_common(1)[0][0]
@@ -146,14 +146,14 @@ class Evaluator:
 
     def _tokens(self, task: Task, item: Item) -> int:
         """The most tokens that any of the item's runs will have seen."""
-        frame = self.asked.frame
+        tested = self.tested
         sizes = []
         for probe in item.probes:
-            answers = (frame.target(probe), *map(frame.ids, probe.choices))
+            answers = (tested.target(probe), *map(tested.chat.ids, probe.choices))
             longest = max(probe.limit, *map(len, answers))
-            sizes.append(len(frame.query(item, probe)) + longest + len(frame.reply(item, probe)))
+            sizes.append(len(tested.query(item, probe)) + longest + len(tested.reply(item, probe)))
         talk = isinstance(task, Conversation) and task.turns
-        return len(frame.prefix(item, item.prefix)) + (sum(sizes) if talk else max(sizes))
+        return len(tested.prefix(item, item.prefix)) + (sum(sizes) if talk else max(sizes))
 
     # ---- the work -------------------------------------------------------------------------------
 
@@ -162,12 +162,12 @@ class Evaluator:
         task = self.tasks[unit.task]
         item = self._fitting(unit.task)[0][unit.number]
         try:
-            shown = task.run(self.asked, item, unit.mode)
-            floor = dataclasses.replace(task.floor(self.asked, item, unit.mode), recipe=NONE)
+            results = task.run(self.tested, item, unit.mode)
+            floor = dataclasses.replace(task.floor(self.tested, item, unit.mode), recipe=NONE)
         except (ValueError, RuntimeError, MemoryError) as error:
             raise type(error)(f"{unit}: {error}") from error
-        full = shown[0].outcomes
-        return [self._row(unit, task, item, one, full, floor) for one in (*shown, floor)]
+        full = results[0].outcomes
+        return [self._row(unit, task, item, one, full, floor) for one in (*results, floor)]
 
     def _row(
         self,
@@ -178,16 +178,16 @@ class Evaluator:
         full: tuple[Any, ...],
         floor: RecipeResult,
     ) -> Row:
-        answers = Answers(item, one.outcomes, full, floor.outcomes)
-        told: dict[str, Sequence[float | None]] = {
-            measure.name: measure.values(answers) for measure in task.measures
+        given = MeasureInput(item, one.outcomes, full, floor.outcomes)
+        columns: dict[str, Sequence[float | None]] = {
+            measure.name: measure.values(given) for measure in task.measures
         }
         probes = []
-        for place, (probe, outcome) in enumerate(zip(answers.probes, one.outcomes, strict=True)):
-            values = {name: column[place] for name, column in told.items()}
+        for place, (probe, outcome) in enumerate(zip(given.probes, one.outcomes, strict=True)):
+            values = {name: column[place] for name, column in columns.items()}
             text = {} if outcome.text is None else {"text": outcome.text}
             probes.append({"scores": _rounded(values), "facts": dict(probe.facts), **text})
-        means = {name: _mean(column) for name, column in told.items()}
+        means = {name: _mean(column) for name, column in columns.items()}
         return {
             "task": unit.task,
             "mode": unit.mode,

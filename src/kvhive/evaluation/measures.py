@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Literal
 
 from kvhive.evaluation import text_metrics
-from kvhive.evaluation.types import Answers, Outcome, Probe
+from kvhive.evaluation.types import MeasureInput, Outcome, Probe
 
 Values = Sequence[float | None]  # one for every probe; None where the measure does not apply
 Unit = Literal["share", "nats", "perplexity"]
@@ -23,16 +23,16 @@ class Measure:
     """
 
     name: str
-    values: Callable[[Answers], Values]
+    values: Callable[[MeasureInput], Values]
     unit: Unit = "share"
     lower_is_better: bool = False
 
 
-def per_probe(score: Callable[[Probe, Outcome], float | None]) -> Callable[[Answers], Values]:
+def per_probe(score: Callable[[Probe, Outcome], float | None]) -> Callable[[MeasureInput], Values]:
     """A measure's `values` from a function of one probe and its outcome."""
 
-    def values(answers: Answers) -> Values:
-        pairs = zip(answers.probes, answers.outcomes, strict=True)
+    def values(given: MeasureInput) -> Values:
+        pairs = zip(given.probes, given.outcomes, strict=True)
         return [score(probe, outcome) for probe, outcome in pairs]
 
     return values
@@ -71,19 +71,19 @@ def _choice_margin(probe: Probe, outcome: Outcome) -> float | None:
     return _margin(outcome.choices, probe.gold) if outcome.choices else None
 
 
-def _gains(answers: Answers) -> list[list[float]]:
+def _gains(given: MeasureInput) -> list[list[float]]:
     """For each probe: by how much the context made each choice likelier, in nats."""
-    if answers.none is None:
-        return [[] for _ in answers.outcomes]
+    if given.none is None:
+        return [[] for _ in given.outcomes]
     return [
         [with_it - without for with_it, without in zip(outcome.choices, floor.choices, strict=True)]
-        for outcome, floor in zip(answers.outcomes, answers.none, strict=True)
+        for outcome, floor in zip(given.outcomes, given.none, strict=True)
     ]
 
 
-def _over_gains(score: Callable[[Sequence[float], int], float]) -> Callable[[Answers], Values]:
-    def values(answers: Answers) -> Values:
-        pairs = zip(answers.probes, _gains(answers), strict=True)
+def _over_gains(score: Callable[[Sequence[float], int], float]) -> Callable[[MeasureInput], Values]:
+    def values(given: MeasureInput) -> Values:
+        pairs = zip(given.probes, _gains(given), strict=True)
         return [score(gains, probe.gold) if gains else None for probe, gains in pairs]
 
     return values
@@ -97,12 +97,12 @@ def centred(scores: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[score - base for score, base in zip(row, means, strict=True)] for row in scores]
 
 
-def _centred_choice(answers: Answers) -> Values:
-    rows = centred([outcome.choices for outcome in answers.outcomes])
-    return [_best(row, probe.gold) for probe, row in zip(answers.probes, rows, strict=True)]
+def _centred_choice(given: MeasureInput) -> Values:
+    rows = centred([outcome.choices for outcome in given.outcomes])
+    return [_best(row, probe.gold) for probe, row in zip(given.probes, rows, strict=True)]
 
 
-def _generated(score: Callable[[str, Sequence[str]], float]) -> Callable[[Answers], Values]:
+def _generated(score: Callable[[str, Sequence[str]], float]) -> Callable[[MeasureInput], Values]:
     def of_one(probe: Probe, outcome: Outcome) -> float | None:
         if outcome.text is None or not probe.references:
             return None
@@ -111,15 +111,15 @@ def _generated(score: Callable[[str, Sequence[str]], float]) -> Callable[[Answer
     return per_probe(of_one)
 
 
-def _rouge(kind: str) -> Callable[[Answers], Values]:
+def _rouge(kind: str) -> Callable[[MeasureInput], Values]:
     return _generated(
         lambda text, wanted: max(text_metrics.rouge(text, one)[kind] for one in wanted)
     )
 
 
-def _against_full(score: Callable[[str, str], float]) -> Callable[[Answers], Values]:
-    def values(answers: Answers) -> Values:
-        pairs = zip(answers.outcomes, answers.full, strict=True)
+def _against_full(score: Callable[[str, str], float]) -> Callable[[MeasureInput], Values]:
+    def values(given: MeasureInput) -> Values:
+        pairs = zip(given.outcomes, given.full, strict=True)
         return [
             None if ours.text is None or full.text is None else score(ours.text, full.text)
             for ours, full in pairs

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from kvhive.evaluation.framing import ChatFormat
-from kvhive.evaluation.scoring import Continuation, ModelRunner, Sequence, TokenScores, held
-from kvhive.evaluation.types import CacheStats, Item, Outcome, Part, Probe, RecipeResult
+from kvhive.evaluation.scoring import ModelRunner
+from kvhive.evaluation.sequences import Continuation, Sequence, TokenScores, held
+from kvhive.evaluation.types import CacheStats, Item, Outcome, Probe, RecipeResult
+from kvhive.inference.chat import ChatFormat, Part
+from kvhive.inference.modes import Mode
 from kvhive.recipe import Recipe
 
-Mode = Literal["agnostic", "aware", "stream"]
 FULL = Recipe.parse("full")
 
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """How to ask: the stage, the chat form, the ids that end an answer, the recipes."""
+    """How to ask: the runner, the chat form, the ids that end an answer, the recipes."""
 
-    stage: ModelRunner
-    frame: ChatFormat
+    runner: ModelRunner
+    chat: ChatFormat
     ends: frozenset[int]
     recipes: tuple[Recipe, ...]
 
     def with_recipes(self, recipes: abc.Sequence[Recipe]) -> ModelUnderTest:
         """The same for other recipes."""
-        return ModelUnderTest(self.stage, self.frame, self.ends, tuple(recipes))
+        return replace(self, recipes=tuple(recipes))
 
     def only_full(self) -> ModelUnderTest:
         """The same for the full cache alone."""
@@ -38,147 +38,159 @@ class ModelUnderTest:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's."""
-        return self.frame.tokenizer
+        return self.chat.tokenizer
+
+    def prefix(self, item: Item, part: Part) -> tuple[int, ...]:
+        """Ids of the item's context (`part` is its prefix or its bare form), the user's turn left
+        open.
+        """
+        return self.chat.opening(part) if item.chat else self.chat.ids(part)
+
+    def query(self, item: Item, probe: Probe) -> tuple[int, ...]:
+        """Ids of a question, up to where its answer begins."""
+        if item.chat:
+            return self.chat.question(probe.query, probe.cue)
+        return (*self.chat.ids(probe.query), *self.chat.ids(probe.cue))
+
+    def target(self, probe: Probe) -> tuple[int, ...]:
+        """Ids of the target, empty when there is none."""
+        return () if probe.target is None else self.chat.ids(probe.target)
+
+    def reply(self, item: Item, probe: Probe) -> tuple[int, ...]:
+        """Ids of the gold answer and what leads on to the user's next words."""
+        return self.chat.ids(probe.history + (self.chat.turn if item.chat else "\n"))
 
 
 def ask(
-    asked: ModelUnderTest, item: Item, context: Part, mode: Mode, most: int
+    tested: ModelUnderTest, item: Item, part: Part, mode: Mode, most: int
 ) -> list[RecipeResult]:
     """Every probe from the same compressed context; what a question adds is not kept.
 
-    context: the item's prefix or its bare form. In mode "agnostic" the context is compressed alone;
-    in mode "aware" together with the question, anew for each of the first `most` probes.
+    part: the item's prefix or its bare form. In mode "agnostic" the context is compressed alone; in
+    mode "aware" together with the question, anew for each of the first `most` probes.
     """
-    prefix = asked.frame.prefix(item, context)
+    prefix = tested.prefix(item, part)
     if mode == "agnostic":
-        return _from_one_prompt(asked, item, prefix)
-    told: list[list[Outcome]] = [[] for _ in asked.recipes]
+        return _from_one_prompt(tested, item, prefix)
+    outcomes: list[list[Outcome]] = []
     starts: list[CacheStats] = []
     for probe in item.probes[:most]:
-        voices = asked.stage.read((*prefix, *asked.frame.query(item, probe)), asked.recipes)
-        starts = starts or [held(voice.cache) for voice in voices]
-        for outcomes, outcome in zip(told, _answer(asked, item, probe, voices), strict=True):
-            outcomes.append(outcome)
-    return _performances(voices, starts, told)
+        sequences = tested.runner.read((*prefix, *tested.query(item, probe)), tested.recipes)
+        starts = starts or [held(one.cache) for one in sequences]
+        outcomes.append(_answer(tested, probe, sequences))
+    return _results(sequences, starts, outcomes)
 
 
 def _from_one_prompt(
-    asked: ModelUnderTest, item: Item, prefix: tuple[int, ...]
+    tested: ModelUnderTest, item: Item, prefix: tuple[int, ...]
 ) -> list[RecipeResult]:
-    voices = asked.stage.read(prefix, asked.recipes)
-    starts = [held(voice.cache) for voice in voices]
+    sequences = tested.runner.read(prefix, tested.recipes)
+    starts = [held(one.cache) for one in sequences]
     only_targets = not any(probe.choices or probe.limit for probe in item.probes)
     way = _answer_together if only_targets else _answer_in_turn
-    answered = way(asked, item, voices)
-    return _performances(voices, starts, [list(one) for one in zip(*answered, strict=True)])
+    return _results(sequences, starts, way(tested, item, sequences))
 
 
 def converse(
-    asked: ModelUnderTest, item: Item, context: Part, mode: Mode, most: int
+    tested: ModelUnderTest, item: Item, part: Part, mode: Mode, most: int
 ) -> list[RecipeResult]:
     """The probes as turns on one cache; the gold answers, not the model's own, become its history.
 
     In mode "aware" the first question is compressed together with the context, as in SCBench.
     """
-    prefix, first = asked.frame.prefix(item, context), asked.frame.query(item, item.probes[0])
-    voices = asked.stage.read((*prefix, *first) if mode == "aware" else prefix, asked.recipes)
-    starts = [held(voice.cache) for voice in voices]
+    prefix, first = tested.prefix(item, part), tested.query(item, item.probes[0])
+    ids = (*prefix, *first) if mode == "aware" else prefix
+    sequences = tested.runner.read(ids, tested.recipes)
+    starts = [held(one.cache) for one in sequences]
     if mode == "agnostic":
-        asked.stage.advance(voices, first)
-    told: list[list[Outcome]] = [[] for _ in voices]
+        tested.runner.advance(sequences, first)
+    outcomes = []
     for place, probe in enumerate(item.probes):
         if place:
             before = item.probes[place - 1]
-            turn = (*asked.frame.reply(item, before), *asked.frame.query(item, probe))
-            asked.stage.advance(voices, turn)
-        for outcomes, outcome in zip(told, _answer(asked, item, probe, voices), strict=True):
-            outcomes.append(outcome)
-    return _performances(voices, starts, told)
+            turn = (*tested.reply(item, before), *tested.query(item, probe))
+            tested.runner.advance(sequences, turn)
+        outcomes.append(_answer(tested, probe, sequences))
+    return _results(sequences, starts, outcomes)
 
 
-def _answer(
-    asked: ModelUnderTest, item: Item, probe: Probe, voices: list[Sequence]
-) -> list[Outcome]:
-    """One probe, its question already fed; the voices stay where they are."""
-    target, choices = asked.frame.target(probe), [asked.frame.ids(one) for one in probe.choices]
-    scripts = [Continuation(ids) for ids in (target, *choices) if ids]
-    forced = asked.stage.force(voices, scripts) if scripts else [[] for _ in voices]
-    texts = _write(asked, probe, voices)
-    return [
-        _outcome(results, bool(target), text) for results, text in zip(forced, texts, strict=True)
-    ]
+def _answer(tested: ModelUnderTest, probe: Probe, sequences: list[Sequence]) -> list[Outcome]:
+    """One probe, its question already fed; the sequences stay where they are."""
+    target, choices = tested.target(probe), [tested.chat.ids(one) for one in probe.choices]
+    wanted = [Continuation(ids) for ids in (target, *choices) if ids]
+    scores = tested.runner.force(sequences, wanted) if wanted else [[] for _ in sequences]
+    texts = _write(tested, probe, sequences)
+    return [_outcome(one, bool(target), text) for one, text in zip(scores, texts, strict=True)]
 
 
 def _answer_in_turn(
-    asked: ModelUnderTest, item: Item, voices: list[Sequence]
+    tested: ModelUnderTest, item: Item, sequences: list[Sequence]
 ) -> list[list[Outcome]]:
-    """All probes of an item, each from its own copy of the caches: `[probe][voice]`."""
-    answered = []
+    """All probes of an item, each from its own copy of the caches: `[probe][sequence]`."""
+    outcomes = []
     for probe in item.probes:
-        copies = [voice.fork() for voice in voices]
-        asked.stage.advance(copies, asked.frame.query(item, probe))
-        answered.append(_answer(asked, item, probe, copies))
-    for voice, copy in zip(voices, copies, strict=True):
-        voice.end = copy.end
-    return answered
+        copies = [one.fork() for one in sequences]
+        tested.runner.advance(copies, tested.query(item, probe))
+        outcomes.append(_answer(tested, probe, copies))
+    for sequence, copy in zip(sequences, copies, strict=True):
+        sequence.end = copy.end
+    return outcomes
 
 
 def _answer_together(
-    asked: ModelUnderTest, item: Item, voices: list[Sequence]
+    tested: ModelUnderTest, item: Item, sequences: list[Sequence]
 ) -> list[list[Outcome]]:
-    """All probes of an item that has targets only, as rows of one batch: `[probe][voice]`."""
-    scripts = []
+    """All probes of an item that has targets only, as rows of one batch: `[probe][sequence]`."""
+    wanted = []
     for probe in item.probes:
-        query = asked.frame.query(item, probe)
-        scripts.append(Continuation((*query, *asked.frame.target(probe)), len(query)))
-    forced = asked.stage.force(voices, scripts)
-    return [
-        [_outcome([results[place]], True, None) for results in forced]
-        for place in range(len(scripts))
-    ]
+        query = tested.query(item, probe)
+        wanted.append(Continuation((*query, *tested.target(probe)), len(query)))
+    scores = tested.runner.force(sequences, wanted)
+    return [[_outcome([one[place]], True, None) for one in scores] for place in range(len(wanted))]
 
 
-def _write(asked: ModelUnderTest, probe: Probe, voices: list[Sequence]) -> list[str | None]:
-    """Generated answers of copies of the voices, cut before the probe's stop strings."""
+def _write(tested: ModelUnderTest, probe: Probe, sequences: list[Sequence]) -> list[str | None]:
+    """Generated answers of copies of the sequences, cut before the probe's stop strings."""
     if not probe.limit:
-        return [None] * len(voices)
-    copies = [voice.fork() for voice in voices]
-    done = _finished(asked, probe.stop)
-    answers = asked.stage.generate(copies, probe.limit, done)
-    for voice, copy in zip(voices, copies, strict=True):
-        voice.end = copy.end
-    return [_text(asked, answer, probe.stop) for answer in answers]
+        return [None] * len(sequences)
+    copies = [one.fork() for one in sequences]
+    done = _finished(tested, probe.stop)
+    answers = tested.runner.generate(copies, probe.limit, done)
+    for sequence, copy in zip(sequences, copies, strict=True):
+        sequence.end = copy.end
+    return [_text(tested, answer, probe.stop) for answer in answers]
 
 
-def _finished(asked: ModelUnderTest, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
+def _finished(tested: ModelUnderTest, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
     def done(answer: list[int]) -> bool:
-        if answer[-1] in asked.ends:
+        if answer[-1] in tested.ends:
             return True
-        text = _decoded(asked, answer).lstrip() if stop else ""
+        text = _decoded(tested, answer).lstrip() if stop else ""
         return any(end in text for end in stop)
 
     return done
 
 
-def _text(asked: ModelUnderTest, answer: list[int], stop: tuple[str, ...]) -> str:
-    text = _decoded(asked, [token for token in answer if token not in asked.ends]).lstrip()
+def _text(tested: ModelUnderTest, answer: list[int], stop: tuple[str, ...]) -> str:
+    text = _decoded(tested, [token for token in answer if token not in tested.ends]).lstrip()
     return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=None)]
 
 
-def _decoded(asked: ModelUnderTest, ids: list[int]) -> str:
-    return str(asked.tokenizer.decode(ids, skip_special_tokens=True))
+def _decoded(tested: ModelUnderTest, ids: list[int]) -> str:
+    return str(tested.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _outcome(forced: abc.Sequence[TokenScores], has_target: bool, text: str | None) -> Outcome:
-    target = forced[0] if has_target else TokenScores((), ())
-    choices = tuple(sum(one.logprobs) for one in forced[1 if has_target else 0 :])
+def _outcome(scores: abc.Sequence[TokenScores], has_target: bool, text: str | None) -> Outcome:
+    target = scores[0] if has_target else TokenScores((), ())
+    choices = tuple(sum(one.logprobs) for one in scores[1 if has_target else 0 :])
     return Outcome(target.logprobs, target.hits, choices, text)
 
 
-def _performances(
-    voices: list[Sequence], starts: list[CacheStats], told: list[list[Outcome]]
+def _results(
+    sequences: list[Sequence], starts: list[CacheStats], outcomes: list[list[Outcome]]
 ) -> list[RecipeResult]:
+    """outcomes: `[probe][sequence]`."""
     return [
-        RecipeResult(voice.recipe, tuple(outcomes), start, voice.end)
-        for voice, start, outcomes in zip(voices, starts, told, strict=True)
+        RecipeResult(one.recipe, of_one, start, one.end)
+        for one, start, of_one in zip(sequences, starts, zip(*outcomes, strict=True), strict=True)
     ]

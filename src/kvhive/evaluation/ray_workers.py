@@ -1,8 +1,8 @@
 """Workers on a Ray cluster: the same units, spread over machines. Needs the extra `kvhive[ray]`.
 
-A worker is an actor. Ray says when its process or its node is lost; the runner then hires another,
-which Ray places on a node that is left. A cluster that holds fewer actors than were asked for, from
-the start or since a node went, is used with as many as it holds.
+A worker is an actor. Ray says when its process or its node is lost; the scheduler then starts
+another, which Ray places on a node that is left. A cluster that holds fewer actors than were asked
+for, from the start or since a node went, is used with as many as it holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from kvhive.evaluation.data.source import VARIABLE
 from kvhive.evaluation.evaluator import Evaluator
 from kvhive.evaluation.settings import Settings, Unit
-from kvhive.evaluation.workers import Answer, Died, Failed, Worker, sendable
+from kvhive.evaluation.workers import Died, Failed, Reply, Worker, sendable
 
 POLL = 5.0  # seconds between looks at workers that wait for a place
 PATIENCE = 60.0  # seconds a worker may wait for a place while others work
@@ -44,10 +44,10 @@ class RayPool:
         self._gpus = 1 if settings.device.startswith("cuda") else 0
         self._settings = _anywhere(replace(settings, threads=self._cpus))
         self._most = jobs if jobs > 1 else sys.maxsize
-        self._hired: list[RayWorker] = []
+        self._workers: list[RayWorker] = []
         self._actor = self._ray.remote(
             num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0
-        )(_Bench)
+        )(_Actor)
         room = self._room()
         self.notes: tuple[str, ...] = ()
         if room == 0:
@@ -64,14 +64,14 @@ class RayPool:
         """As many as were asked for and the nodes that are there now can hold."""
         return max(1, min(self._most, self._room()))
 
-    def hire(self) -> RayWorker:
+    def start(self) -> RayWorker:
         """An actor somewhere in the cluster."""
         worker = RayWorker(self._ray, self._actor.remote(self._settings))
-        self._hired = [one for one in self._hired if not one.stopped] + [worker]
+        self._workers = [one for one in self._workers if not one.stopped] + [worker]
         return worker
 
-    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
-        """The first to answer, to die with its process or node, or to wait too long for a place.
+    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Reply | Failed | Died]:
+        """The first to reply, to die with its process or node, or to wait too long for a place.
 
         Raises `OSError` when no worker at all finds a place.
         """
@@ -79,21 +79,21 @@ class RayPool:
         while True:
             done, _ = self._ray.wait(list(ours), num_returns=1, timeout=POLL)
             if done:
-                return ours[done[0]], self._answer(done[0])
+                return ours[done[0]], self._reply(done[0])
             if late := self._late(ours.values()):
                 return late, Died(at_work=False)
 
     def close(self) -> None:
-        """Leave the cluster, if this crew joined it."""
+        """Leave the cluster, if this pool joined it."""
         if self._ours:
             self._ray.shutdown()
 
-    def _answer(self, future: Any) -> Answer | Failed | Died:
-        """What came of a unit. The actor's own errors are answers; all others are Ray's."""
+    def _reply(self, future: Any) -> Reply | Failed | Died:
+        """What came of a unit. The actor's own errors are replies; all others are Ray's."""
         errors = self._ray.exceptions
         try:
-            answer: Answer | Failed = self._ray.get(future)
-            return answer
+            reply: Reply | Failed = self._ray.get(future)
+            return reply
         except errors.RayTaskError as error:
             return Failed(_not_ready(error))
         except errors.RayError as error:
@@ -104,15 +104,15 @@ class RayPool:
     def _late(self, busy: Collection[RayWorker]) -> RayWorker | None:
         """A worker whose unit another one should do, because all places are taken."""
         waiting = [worker for worker in busy if not worker.placed]
-        hired = [worker for worker in self._hired if not worker.stopped]
+        started = [worker for worker in self._workers if not worker.stopped]
         if not waiting:
             return None
         first = min(waiting, key=lambda worker: worker.since)
         waited = time.monotonic() - first.since
-        if len(waiting) < len(hired) and waited > PATIENCE:
-            self._most = len(hired) - 1
+        if len(waiting) < len(started) and waited > PATIENCE:
+            self._most = len(started) - 1
             return first
-        if len(waiting) == len(hired) and waited > START:
+        if len(waiting) == len(started) and waited > START:
             raise OSError(
                 f"no node of the Ray cluster had {self._needs()} free for {START / 60:.0f} "
                 "minutes; run the same command again when there is room: it goes on where it was"
@@ -134,7 +134,7 @@ class RayPool:
 
 
 class RayWorker:
-    """An actor, and the answer awaited from it."""
+    """An actor, and the reply awaited from it."""
 
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
@@ -155,7 +155,7 @@ class RayWorker:
 
     def send(self, unit: Unit | None) -> None:
         """Begin a unit."""
-        self.future = self._actor.answer.remote(unit)
+        self.future = self._actor.reply.remote(unit)
 
     def stop(self) -> None:
         """Give the actor's place back; one that is lost has none."""
@@ -164,12 +164,12 @@ class RayWorker:
             self._ray.kill(self._actor)
 
 
-class _Bench:
+class _Actor:
     """What an actor does."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._lab: Evaluator | None = None
+        self._evaluator: Evaluator | None = None
 
     def here(self) -> tuple[str, int]:
         """The id of the node, and the process."""
@@ -177,11 +177,11 @@ class _Bench:
 
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def answer(self, unit: Unit | None) -> Answer | Failed:
-        """A unit's rows, or the plan. Errors are answers too, so that the actor lives on."""
+    def reply(self, unit: Unit | None) -> Reply | Failed:
+        """A unit's rows, or the plan. Errors are replies too, so that the actor lives on."""
         try:
-            self._lab = self._lab or Evaluator(self._settings)
-            return self._lab.plan() if unit is None else self._lab.run(unit)
+            self._evaluator = self._evaluator or Evaluator(self._settings)
+            return self._evaluator.plan() if unit is None else self._evaluator.run(unit)
         except Exception as error:
             return Failed(sendable(error))
 
@@ -223,7 +223,7 @@ def _connect(address: str) -> tuple[Any, bool]:
             raise ValueError(f"this process works with the Ray cluster {here!r}, not {address!r}")
         return ray, False
     try:
-        _knock(address)
+        _check_alive(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -234,7 +234,7 @@ def _connect(address: str) -> tuple[Any, bool]:
     return ray, True
 
 
-def _knock(address: str) -> None:
+def _check_alive(address: str) -> None:
     """Raises `OSError` if no Ray cluster answers at "host:port" or, for "auto", at all.
 
     Ray's own tool asks, in a process of its own: where no cluster is, `ray.init` tries for minutes

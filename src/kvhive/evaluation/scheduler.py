@@ -1,4 +1,4 @@
-"""Give units to workers, write their rows, tell how far it is. Nothing here knows a model."""
+"""Give units to workers, write their rows, report how far it is. Nothing here knows a model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvhive.evaluation.evaluator import Loaded, Plan, Row
 from kvhive.evaluation.results import ResultsFolder
 from kvhive.evaluation.settings import NONE, Settings, Unit, units_done
 from kvhive.evaluation.workers import (
-    Alone,
     Died,
     Failed,
-    Processes,
+    InProcess,
+    ProcessPool,
     Worker,
     WorkerPool,
     threads_each,
@@ -27,8 +27,9 @@ MOST_DEATHS = 3  # of workers at one unit
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is. left: seconds still needed, None while nothing is known. note: something to
-    tell the user once."""
+    """How far a run is. left: seconds still needed, None while nothing is known. note: a sentence
+    for the user, once.
+    """
 
     done: int
     total: int
@@ -54,27 +55,27 @@ def evaluate(
 
     A folder with an unfinished run of the same settings is gone on with. jobs: processes; ray: the
     address of a Ray cluster, or "auto"; its workers are as many as `jobs`, or as there are CPUs.
-    progress: told after each unit. loaded: a model and its tokenizer at hand, for `jobs=1`.
+    progress: called after each unit. loaded: a model and its tokenizer at hand, for `jobs=1`.
     Raises `ValueError`, `OSError` or `ImportError` with one sentence; what was written stays.
     """
     settings = settings.checked()
-    tell = progress or (lambda state: None)
-    crew = _crew(settings, jobs, ray, loaded)
-    with _Dispatcher(crew) as foreman, ResultsFolder(Path(out)) as journal:
-        plan = foreman.plan()
-        for note in (*crew.notes, *plan.notes):
-            tell(State(0, len(plan.units), note=note))
-        wanted = _begin(journal, settings, plan)
+    notify = progress or (lambda state: None)
+    pool = _pool(settings, jobs, ray, loaded)
+    with _Dispatcher(pool) as dispatcher, ResultsFolder(Path(out)) as results:
+        plan = dispatcher.plan()
+        for note in (*pool.notes, *plan.notes):
+            notify(State(0, len(plan.units), note=note))
+        wanted = _begin(results, settings, plan)
         clock = _Clock(plan, wanted)
-        tell(clock.state(""))
-        for unit, rows, seconds in foreman.work(wanted):
-            journal.append(rows)
-            tell(clock.finished(unit, seconds))
-        journal.finish(_order(plan, settings))
+        notify(clock.state(""))
+        for unit, rows, seconds in dispatcher.work(wanted):
+            results.append(rows)
+            notify(clock.finished(unit, seconds))
+        results.finish(_order(plan, settings))
     return Path(out)
 
 
-def _crew(settings: Settings, jobs: int, ray: str | None, loaded: Loaded | None) -> WorkerPool:
+def _pool(settings: Settings, jobs: int, ray: str | None, loaded: Loaded | None) -> WorkerPool:
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if ray is not None:
@@ -82,23 +83,23 @@ def _crew(settings: Settings, jobs: int, ray: str | None, loaded: Loaded | None)
 
         return RayPool(settings, ray, jobs)
     if jobs == 1:
-        return Alone(settings, loaded)
+        return InProcess(settings, loaded)
     if loaded is not None:
         raise ValueError(
             "a model at hand cannot be shared with other processes; name it, or jobs=1"
         )
     if settings.threads is None:
         settings = replace(settings, threads=threads_each(jobs))
-    return Processes(settings, jobs)
+    return ProcessPool(settings, jobs)
 
 
-def _begin(journal: ResultsFolder, settings: Settings, plan: Plan) -> list[Unit]:
+def _begin(results: ResultsFolder, settings: Settings, plan: Plan) -> list[Unit]:
     """Keep the rows of whole units from an earlier part of the run; the units still to do."""
-    rows = journal.begin(settings.identity(), plan.facts)
+    rows = results.begin(settings.identity(), plan.facts)
     done = units_done(rows, settings.recipes)
     keys = {unit: (unit.task, unit.mode, plan.names[unit]) for unit in plan.units}
     known = set(keys.values()) & done
-    journal.keep_only([row for row in rows if (row["task"], row["mode"], row["item"]) in known])
+    results.keep_only([row for row in rows if (row["task"], row["mode"], row["item"]) in known])
     return [unit for unit in plan.units if keys[unit] not in known]
 
 
@@ -111,10 +112,10 @@ def _order(plan: Plan, settings: Settings) -> Callable[[Row], tuple[int, int]]:
 
 
 class _Dispatcher:
-    """Keeps every worker of a crew busy (as in `with`: stops them at the end)."""
+    """Keeps every worker of a pool busy (as in `with`: stops them at the end)."""
 
-    def __init__(self, crew: WorkerPool) -> None:
-        self._crew = crew
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
         self._idle: list[Worker] = []
         self._busy: dict[Worker, tuple[Unit | None, float]] = {}
 
@@ -124,15 +125,15 @@ class _Dispatcher:
     def __exit__(self, *what: object) -> None:
         for worker in (*self._idle, *self._busy):
             worker.stop()
-        self._crew.close()
+        self._pool.close()
 
     def plan(self) -> Plan:
-        """The plan, from the first worker that lives to tell it. Raises `OSError` if none does."""
+        """The plan, from the first worker that lives to send it. Raises `OSError` if none does."""
         for _ in range(MOST_DEATHS):
             self._give(None)
-            answer = self._next()[1]
-            if isinstance(answer, Plan):
-                return answer
+            reply = self._next()[1]
+            if isinstance(reply, Plan):
+                return reply
         raise OSError(
             f"{MOST_DEATHS} workers died one after another while they loaded the model (out of "
             "memory?)"
@@ -146,14 +147,14 @@ class _Dispatcher:
         waiting = deque(units)
         deaths: dict[Unit, int] = {}
         while waiting or self._busy:
-            while waiting and len(self._busy) < self._crew.size:
+            while waiting and len(self._busy) < self._pool.size:
                 self._give(waiting.popleft())
-            unit, answer, seconds = self._next()
+            unit, reply, seconds = self._next()
             assert unit is not None
-            if not isinstance(answer, Died):
-                yield unit, answer, seconds
+            if not isinstance(reply, Died):
+                yield unit, reply, seconds
                 continue
-            deaths[unit] = deaths.get(unit, 0) + answer.at_work
+            deaths[unit] = deaths.get(unit, 0) + reply.at_work
             if deaths[unit] >= MOST_DEATHS:
                 raise OSError(
                     f"{MOST_DEATHS} workers died one after another at {unit} (out of memory?); all "
@@ -162,20 +163,20 @@ class _Dispatcher:
             waiting.appendleft(unit)
 
     def _give(self, unit: Unit | None) -> None:
-        worker = self._idle.pop() if self._idle else self._crew.hire()
+        worker = self._idle.pop() if self._idle else self._pool.start()
         self._busy[worker] = unit, time.monotonic()
         worker.send(unit)
 
     def _next(self) -> tuple[Unit | None, Any, float]:
-        worker, answer = self._crew.wait(list(self._busy))
+        worker, reply = self._pool.wait(list(self._busy))
         unit, since = self._busy.pop(worker)
-        if isinstance(answer, Died):
+        if isinstance(reply, Died):
             worker.stop()
         else:
             self._idle.append(worker)
-        if isinstance(answer, Failed):
-            raise answer.error
-        return unit, answer, time.monotonic() - since
+        if isinstance(reply, Failed):
+            raise reply.error
+        return unit, reply, time.monotonic() - since
 
 
 @dataclass
@@ -207,9 +208,9 @@ class _Clock:
         waiting: Mapping[tuple[str, str], int] = _count(self.wanted)
         needed = 0.0
         for key, units in waiting.items():
-            told = self.spent.get(key, [])
-            each = sum(told) / len(told) if told else total / count
-            needed += each * (units - len(told))
+            spent = self.spent.get(key, [])
+            each = sum(spent) / len(spent) if spent else total / count
+            needed += each * (units - len(spent))
         return needed * elapsed / total if total else None  # workers side by side
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvhive.evaluation.protocols import FULL, Mode
+from kvhive.evaluation.protocols import FULL
 from kvhive.evaluation.tasks import Task, parse_tasks
+from kvhive.inference.modes import MODES, QUESTION_MODES, Mode
 from kvhive.plugins import load_plugins
 from kvhive.recipe import Recipe
 
-MODES: tuple[Mode, ...] = ("agnostic", "aware", "stream")
 NONE = "none"  # the name of the floor among recipes: the full cache, without the context
 
 
@@ -33,7 +33,7 @@ class Settings:
     model: str = "smollm2"
     recipes: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("suite",)
-    modes: tuple[str, ...] = ("agnostic", "aware")
+    modes: tuple[str, ...] = QUESTION_MODES
     limit: int = 60
     seed: int = 0
     data: str | None = None

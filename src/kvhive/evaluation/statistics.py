@@ -142,7 +142,7 @@ def sample_of(rows: Sequence[Row], measure: str) -> Sample | None:
     if not by_item:
         return None
     recipes = set().union(*by_item.values())
-    items = [item for item, told in by_item.items() if told.keys() == recipes]
+    items = [item for item, known in by_item.items() if known.keys() == recipes]
     if not items:
         return None
     numbers = {name: place for place, name in enumerate(dict.fromkeys(clusters[i] for i in items))}
@@ -285,17 +285,15 @@ def _by_task(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def by_fact(rows: Sequence[Row], measure: str, fact: str) -> dict[str, dict[Any, float]]:
-    """recipe -> value of the fact -> mean of the measure, over probes whose own or item's facts
-    have it.
-    """
+    """recipe -> value of the fact, a probe's own or its item's -> mean of the measure."""
     found: dict[str, dict[Any, list[float]]] = {}
     for row in rows:
         for probe in row["probes"]:
             facts = {**row["facts"], **probe["facts"]}
             if fact in facts and measure in probe["scores"]:
-                told = found.setdefault(row["recipe"], {}).setdefault(facts[fact], [])
-                told.append(probe["scores"][measure])
+                scores = found.setdefault(row["recipe"], {}).setdefault(facts[fact], [])
+                scores.append(probe["scores"][measure])
     return {
-        recipe: {value: float(np.mean(told)) for value, told in sorted(values.items())}
+        recipe: {value: float(np.mean(scores)) for value, scores in sorted(values.items())}
         for recipe, values in found.items()
     }

@@ -10,101 +10,99 @@ from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.evaluation.protocols import ModelUnderTest
-from kvhive.evaluation.scoring import Continuation, Sequence, held
-from kvhive.evaluation.teacher_forcing import Attended, lead
+from kvhive.evaluation.sequences import Continuation, Sequence, held, score
+from kvhive.evaluation.teacher_forcing import Attended, attended_by
 from kvhive.evaluation.types import CacheStats, Item, Outcome, RecipeResult
+from kvhive.inference.driver import chunks
 
 TOP = 5
 TOGETHER = 16  # recipes whose logits are held at one time
 
 
 def stream(
-    asked: ModelUnderTest, ids: abc.Sequence[int], block: int, skip: int
+    tested: ModelUnderTest, ids: abc.Sequence[int], block: int, skip: int
 ) -> list[RecipeResult]:
     """Feed a text block by block, every policy acting after each; score each token from `skip` on.
 
     A token is scored under the cache that the block before left (and the tokens of its own block).
     """
-    stage = asked.stage
-    caches = [HiveCache.for_model(stage.model, recipe) for recipe in asked.recipes]
+    runner = tested.runner
+    caches = [HiveCache.for_model(runner.model, recipe) for recipe in tested.recipes]
     starts: list[CacheStats] = []
     scores: list[list[tuple[float, bool]]] = [[] for _ in caches]
-    for begin in range(0, len(ids) - 1, block):
-        step = list(ids[begin : min(begin + block, len(ids) - 1)])
-        said = stage.sing(caches, [[step]] * len(caches), keep=len(step))
-        if not starts and begin + len(step) >= skip:
+    for begin, end in chunks(len(ids) - 1, block):
+        every = runner.step(caches, ids[begin:end], keep=end - begin)
+        if not starts and end >= skip:
             starts = [held(cache) for cache in caches]
-        wanted = torch.tensor(ids[begin + 1 : begin + 1 + len(step)], device=stage.model.device)
+        wanted = torch.tensor(ids[begin + 1 : end + 1], device=runner.model.device)
         first = max(0, skip - begin - 1)
-        for score, logits in zip(scores, said, strict=True):
-            score += list(zip(*_scored(logits[0, first:], wanted[first:]), strict=True))
+        for scored, logits in zip(scores, every, strict=True):
+            logprobs, hits = score(logits[first:], wanted[first:])
+            scored += list(zip(logprobs.tolist(), hits.tolist(), strict=True))
     return [
-        RecipeResult(str(recipe), (_outcome(score),), start, held(cache))
-        for recipe, score, start, cache in zip(asked.recipes, scores, starts, caches, strict=True)
+        RecipeResult(str(recipe), (_outcome(scored),), start, held(cache))
+        for recipe, scored, start, cache in zip(tested.recipes, scores, starts, caches, strict=True)
     ]
 
 
-def in_pieces(asked: ModelUnderTest, ids: abc.Sequence[int], piece: int, skip: int) -> RecipeResult:
+def in_pieces(
+    tested: ModelUnderTest, ids: abc.Sequence[int], piece: int, skip: int
+) -> RecipeResult:
     """The floor of `stream`: every piece of the text read alone by the full cache."""
-    score: list[tuple[float, bool]] = []
-    (recipe,) = asked.recipes
+    scored: list[tuple[float, bool]] = []
+    (recipe,) = tested.recipes
     for begin in range(skip - skip % piece, len(ids) - 1, piece):
-        part = list(ids[begin : begin + piece])
-        (voice,) = asked.stage.read((), [recipe])
+        part = tuple(ids[begin : begin + piece])
+        (sequence,) = tested.runner.read((), [recipe])
         if part[1:]:
-            ((forced,),) = asked.stage.force([voice], [Continuation(tuple(part), 1)])
-            score += list(zip(forced.logprobs, forced.hits, strict=True))
-    return RecipeResult(str(recipe), (_outcome(score),), voice.end, voice.end)
+            ((scores,),) = tested.runner.force([sequence], [Continuation(part, 1)])
+            scored += list(zip(scores.logprobs, scores.hits, strict=True))
+    return RecipeResult(str(recipe), (_outcome(scored),), sequence.end, sequence.end)
 
 
-def compare(asked: ModelUnderTest, item: Item) -> list[RecipeResult]:
+def compare(tested: ModelUnderTest, item: Item) -> list[RecipeResult]:
     """Next-token distributions on the item's target after its prefix, against the full cache's.
 
     The first recipe is the full cache. All are fed the same ids: one by one where a recipe evicts
     while decoding.
     """
-    stage, ids = asked.stage, asked.frame.target(item.probes[0])
-    voices = stage.read(asked.frame.prefix(item, item.prefix), asked.recipes)
-    starts = [held(voice.cache) for voice in voices]
-    attended = lead(stage, [voice.cache for voice in voices], ids)
-    truth = _logits(asked, voices[:1], ids)[0]
-    told = [_fidelity(truth, truth, ids, attended[0])]
-    for begin in range(1, len(voices), TOGETHER):
+    ids = tested.target(item.probes[0])
+    sequences = tested.runner.read(tested.prefix(item, item.prefix), tested.recipes)
+    starts = [held(one.cache) for one in sequences]
+    attended = attended_by(tested.runner.driver, [one.cache for one in sequences], ids)
+    truth = _logits(tested, sequences[:1], ids)[0]
+    outcomes = [_fidelity(truth, truth, ids, attended[0])]
+    for begin in range(1, len(sequences), TOGETHER):
         group = slice(begin, begin + TOGETHER)
-        pairs = zip(_logits(asked, voices[group], ids), attended[group], strict=True)
-        told += [_fidelity(logits, truth, ids, seen) for logits, seen in pairs]
+        pairs = zip(_logits(tested, sequences[group], ids), attended[group], strict=True)
+        outcomes += [_fidelity(logits, truth, ids, seen) for logits, seen in pairs]
     return [
-        RecipeResult(voice.recipe, (outcome,), start, voice.end)
-        for voice, outcome, start in zip(voices, told, starts, strict=True)
+        RecipeResult(one.recipe, (outcome,), start, one.end)
+        for one, outcome, start in zip(sequences, outcomes, starts, strict=True)
     ]
 
 
-def compare_bare(asked: ModelUnderTest, item: Item) -> RecipeResult:
+def compare_bare(tested: ModelUnderTest, item: Item) -> RecipeResult:
     """The floor of `compare`: the full cache, which is the only recipe, without the prefix."""
-    ids = asked.frame.target(item.probes[0])
-    (informed,) = asked.stage.read(asked.frame.prefix(item, item.prefix), asked.recipes)
-    (without,) = asked.stage.read((), asked.recipes)
-    truth, bare = (_logits(asked, [voice], ids)[0] for voice in (informed, without))
+    ids = tested.target(item.probes[0])
+    (informed,) = tested.runner.read(tested.prefix(item, item.prefix), tested.recipes)
+    (without,) = tested.runner.read((), tested.recipes)
+    truth, bare = (_logits(tested, [one], ids)[0] for one in (informed, without))
     outcome = _fidelity(bare, truth, ids, None)
     return RecipeResult(without.recipe, (outcome,), without.end, without.end)
 
 
 def _logits(
-    asked: ModelUnderTest, voices: abc.Sequence[Sequence], ids: abc.Sequence[int]
+    tested: ModelUnderTest, sequences: abc.Sequence[Sequence], ids: abc.Sequence[int]
 ) -> list[Tensor]:
-    """Logits `[tokens, vocabulary]` after each token but the last, on the CPU; the voices go on."""
-    said = asked.stage.follow(voices, ids[:-1])
-    return [logits.cpu() for logits in said]
+    """Logits `[tokens, vocabulary]` after each token but the last, on the CPU; the sequences go
+    on.
+    """
+    return [logits.cpu() for logits in tested.runner.follow(sequences, ids[:-1])]
 
 
-def _scored(logits: Tensor, wanted: Tensor) -> tuple[list[float], list[bool]]:
-    wide = logits.float()
-    chosen = wide.gather(-1, wanted[:, None])[:, 0] - wide.logsumexp(-1)
-    return chosen.tolist(), (wide.argmax(-1) == wanted).tolist()
-
-
-def _outcome(score: abc.Sequence[tuple[float, bool]]) -> Outcome:
-    logprobs, hits = zip(*score, strict=True)
+def _outcome(scored: abc.Sequence[tuple[float, bool]]) -> Outcome:
+    logprobs, hits = zip(*scored, strict=True)
     return Outcome(tuple(logprobs), tuple(hits))
 
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from kvhive.cache.handoff import offer
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.layer import HiveLayer
-from kvhive.evaluation.scoring import ModelRunner
+from kvhive.inference.driver import Driver
 from kvhive.inference.shared_prefill import Group, Together, can_join
 from kvhive.kernels import Ask, Needs, report
 from kvhive.step import Step
@@ -37,7 +37,7 @@ class Attended:
     error: float
 
 
-def lead(stage: ModelRunner, caches: Sequence[HiveCache], ids: Sequence[int]) -> list[Attended]:
+def attended_by(driver: Driver, caches: Sequence[HiveCache], ids: Sequence[int]) -> list[Attended]:
     """One step of `ids` on copies of `caches`, of which the first is the full one; a result for
     each.
 
@@ -48,31 +48,36 @@ def lead(stage: ModelRunner, caches: Sequence[HiveCache], ids: Sequence[int]) ->
     copies = [cache.fork() for cache in caches]
     for copy in copies:
         copy.freeze()
-    led = _Led(copies)
-    stage.step(led, [ids], keep=1)
-    leaders = [layer for layer in led.layers if isinstance(layer, _Leader)]
+    forced = _ForcedCaches(copies)
+    driver.step(forced, torch.tensor([ids]))
+    layers = forced.compared
     results = []
     for place in range(len(copies)):
-        shares = [share for layer in leaders for share in layer.masses[place]]
-        errors = [layer.errors[place] for layer in leaders]
+        shares = [share for layer in layers for share in layer.masses[place]]
+        errors = [layer.errors[place] for layer in layers]
         results.append(Attended(mean(shares), min(shares), mean(errors)))
     return results
 
 
-class _Led(Cache):
+class _ForcedCaches(Cache):
+    """The full cache's states for all caches. compared: the layers at which they are compared."""
+
     def __init__(self, caches: Sequence[HiveCache]) -> None:
         compressed = set(caches[0].compressed)
-        layers: list[Any] = [
-            (_Leader if index in compressed else Together)(
-                [cache.layers[index] for cache in caches]
-            )
-            for index in range(len(caches[0].layers))
-        ]
+        layers: list[Any] = []
+        self.compared: list[_ForcedLayer] = []
+        for index in range(len(caches[0].layers)):
+            members = [cache.layers[index] for cache in caches]
+            if index in compressed:
+                self.compared.append(_ForcedLayer(members))
+                layers.append(self.compared[-1])
+            else:
+                layers.append(Together(members))
         super().__init__(layers=layers)
 
 
-class _Leader(Group):
-    """The full cache's layer attends; the others are asked what they would have made of it."""
+class _ForcedLayer(Group):
+    """The full cache's layer attends; the others show what they would have made of it."""
 
     members: list[HiveLayer]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Part = str | tuple[int, ...]  # text, or token ids where text would not survive being cut
+from kvhive.inference.chat import Part
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class RecipeResult:
 
 
 @dataclass(frozen=True)
-class Answers:
+class MeasureInput:
     """All that a measure may look at: one recipe's outcomes, the full cache's, and the floor's."""
 
     item: Item

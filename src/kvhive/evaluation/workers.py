@@ -1,6 +1,6 @@
-"""Workers: in this process, or several processes of this machine. Ray's are in `ray_crew.py`.
+"""Workers: in this process, or several processes of this machine. Ray's are in `ray_workers.py`.
 
-A worker is sent one unit at a time and answers with its rows. One that dies is replaced and its
+A worker is sent one unit at a time and replies with its rows. One that dies is replaced and its
 unit is given out again; nothing else is lost, because rows are written as they come.
 """
 
@@ -20,7 +20,7 @@ from kvhive.evaluation.evaluator import Evaluator, Loaded, Plan, Row
 from kvhive.evaluation.settings import Settings, Unit
 from kvhive.model.loading import be_quiet
 
-Answer = Plan | list[Row]
+Reply = Plan | list[Row]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Worker(Protocol):
     """One worker. `None` as a unit asks for the plan."""
 
     def send(self, unit: Unit | None) -> None:
-        """Begin; the answer comes through the crew's `wait`."""
+        """Begin; the reply comes through the pool's `wait`."""
 
     def stop(self) -> None:
         """End it."""
@@ -50,7 +50,7 @@ class Worker(Protocol):
 
 @runtime_checkable
 class WorkerPool(Protocol):
-    """A kind of workers. notes: what to tell the user."""
+    """A kind of workers. notes: sentences for the user."""
 
     notes: tuple[str, ...]
 
@@ -58,27 +58,27 @@ class WorkerPool(Protocol):
     def size(self) -> int:
         """How many may work side by side; may change while they do."""
 
-    def hire(self) -> Worker:
+    def start(self) -> Worker:
         """A new worker."""
 
-    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
-        """The next that is done, and its answer."""
+    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Reply | Failed | Died]:
+        """The next that is done, and its reply."""
 
     def close(self) -> None:
         """After the last worker has been stopped."""
 
 
-class Alone:
+class InProcess:
     """The worker of a run without jobs: this process. It can only be waited for."""
 
     size = 1
     notes: tuple[str, ...] = ()
 
     def __init__(self, settings: Settings, loaded: Loaded | None = None) -> None:
-        self._lab = Evaluator(settings, loaded)
+        self._evaluator = Evaluator(settings, loaded)
         self._unit: Unit | None = None
 
-    def hire(self) -> Alone:
+    def start(self) -> InProcess:
         """Itself."""
         return self
 
@@ -86,9 +86,11 @@ class Alone:
         """Remember the unit."""
         self._unit = unit
 
-    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
+    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Reply | Failed | Died]:
         """Do the work now."""
-        return self, self._lab.plan() if self._unit is None else self._lab.run(self._unit)
+        return self, self._evaluator.plan() if self._unit is None else self._evaluator.run(
+            self._unit
+        )
 
     def stop(self) -> None:
         """Nothing."""
@@ -97,7 +99,7 @@ class Alone:
         """Nothing."""
 
 
-class Processes:
+class ProcessPool:
     """`size` processes of this machine, each with a copy of the model."""
 
     notes: tuple[str, ...] = ()
@@ -107,17 +109,17 @@ class Processes:
         self._settings = settings
         self._context = multiprocessing.get_context("spawn")
 
-    def hire(self) -> Process:
+    def start(self) -> ProcessWorker:
         """A process that loads the model and waits for units."""
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=serve, args=(theirs, self._settings), daemon=True)
         process.start()
         theirs.close()
-        return Process(process, ours)
+        return ProcessWorker(process, ours)
 
-    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Answer | Failed | Died]:
-        """The first to answer, or to die."""
-        ours = {worker.pipe: worker for worker in busy if isinstance(worker, Process)}
+    def wait(self, busy: Sequence[Worker]) -> tuple[Worker, Reply | Failed | Died]:
+        """The first to reply, or to die."""
+        ours = {worker.pipe: worker for worker in busy if isinstance(worker, ProcessWorker)}
         pipe: Any = wait(list(ours))[0]
         try:
             return ours[pipe], pipe.recv()
@@ -129,7 +131,7 @@ class Processes:
 
 
 @dataclass(eq=False)
-class Process:
+class ProcessWorker:
     """A process and the pipe to it."""
 
     process: Any
@@ -155,16 +157,16 @@ def serve(pipe: Connection, settings: Settings) -> None:
     """The life of a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     be_quiet()
-    lab: Evaluator | None = None
-    with suppress(EOFError, OSError, KeyboardInterrupt):  # told to end, or nobody listens
+    evaluator: Evaluator | None = None
+    with suppress(EOFError, OSError, KeyboardInterrupt):  # stopped, or nobody listens
         while True:
             unit = pipe.recv()
             try:
-                lab = lab or Evaluator(settings)
-                answer: Answer | Failed = lab.plan() if unit is None else lab.run(unit)
+                evaluator = evaluator or Evaluator(settings)
+                reply: Reply | Failed = evaluator.plan() if unit is None else evaluator.run(unit)
             except Exception as error:
-                answer = Failed(sendable(error))
-            pipe.send(answer)
+                reply = Failed(sendable(error))
+            pipe.send(reply)
 
 
 def _end_with_parent() -> None:

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
+from kvhive.inference.driver import Driver, chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.no_grad()
 def read(
     model: PreTrainedModel,
     cache: HiveCache,
@@ -28,23 +27,21 @@ def read(
 ) -> Tensor:
     """Feed the token ids through the cache; logits `[vocabulary]` of the token that comes next.
 
-    chunk: tokens to a step, after each of which the cache evicts; None: all in one step. tick: told
-    the share that has been read. Raises `ValueError` for a chunk below 1.
+    chunk: tokens to a step, after each of which the cache evicts; None: all in one step. tick: gets
+    the share that has been read. Raises `ValueError` for a chunk below 1, and for no ids.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill chunk must be at least 1 token, got {chunk}")
-    size = chunk or len(ids)
-    only_last = {"logits_to_keep": 1} if _can_skip_logits(model) else {}
-    for start in range(0, len(ids), size):
-        step = torch.tensor([ids[start : start + size]], device=model.device)
-        output: Any = model(input_ids=step, past_key_values=cache, use_cache=True, **only_last)
+    if not ids:
+        raise ValueError("there is nothing to read: give at least 1 token id")
+    driver = Driver(model)
+    for start, stop in chunks(len(ids), chunk):
+        logits = driver.step(cache, torch.tensor([ids[start:stop]]))
         if tick is not None:
-            tick(min(1.0, (start + size) / len(ids)))
-    logits: Tensor = output.logits[0, -1]
-    return logits
+            tick(stop / len(ids))
+    return logits[0, -1]
 
 
-@torch.no_grad()
 def decode(
     model: PreTrainedModel,
     cache: HiveCache,
@@ -58,12 +55,13 @@ def decode(
     temperature: 0 takes the likeliest token, above 0 draws one. Stops behind a token in `ends`,
     which is yielded too; the last token is not fed to the model.
     """
+    driver = Driver(model)
     for step in range(limit):
         token = _pick(logits, temperature)
         yield token, logits
         if token in ends or step == limit - 1:
             return
-        logits = read(model, cache, [token])
+        logits = driver.step(cache, torch.tensor([[token]]))[0, -1]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -115,7 +113,3 @@ def _pick(logits: Tensor, temperature: float) -> int:
     if temperature <= 0:
         return int(logits.argmax())
     return int(torch.multinomial((logits.float() / temperature).softmax(-1), 1))
-
-
-def _can_skip_logits(model: PreTrainedModel) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -41,7 +41,9 @@ class SharedPrefill(Cache):
     def __init__(self, caches: Sequence[HiveCache]) -> None:
         compressed = set(caches[0].compressed)
         layers: list[Any] = [
-            (_Told if index in compressed else Together)([cache.layers[index] for cache in caches])
+            (_ReadOnce if index in compressed else Together)(
+                [cache.layers[index] for cache in caches]
+            )
             for index in range(len(caches[0].layers))
         ]
         super().__init__(layers=layers)
@@ -56,7 +58,7 @@ class SharedStep(Cache):
     def __init__(self, caches: Sequence[HiveCache], rows: Sequence[int]) -> None:
         compressed = set(caches[0].compressed)
         layers: list[Any] = [
-            (_Voices if index in compressed else _Stock)(
+            (_CompressedRows if index in compressed else _StockRows)(
                 [cache.layers[index] for cache in caches], list(rows)
             )
             for index in range(len(caches[0].layers))
@@ -65,7 +67,7 @@ class SharedStep(Cache):
 
 
 class Group(CacheLayerMixin):
-    """One layer of several caches, in the place of one; speaks for them through the first."""
+    """One layer of several caches, in the place of one; its sizes are those of the first."""
 
     is_compileable = False
 
@@ -96,8 +98,8 @@ class Group(CacheLayerMixin):
         return int(self.members[0].get_max_length())
 
 
-class _Told(Group):
-    """Attends once, as the full cache would, and tells every member what it needs to know."""
+class _ReadOnce(Group):
+    """Attends once, as the full cache would; every member gets the report it needs."""
 
     members: list[HiveLayer]
 
@@ -139,8 +141,8 @@ class Together(Group):
         return keys, values
 
 
-class _Stock(Group):
-    """A stock layer of a hybrid model in a choir: equal lengths, so that they fit one batch."""
+class _StockRows(Group):
+    """A stock layer of a hybrid model in a shared step: of equal lengths, to fit one batch."""
 
     def __init__(self, members: Sequence[Any], rows: list[int]) -> None:
         super().__init__(members)
@@ -157,8 +159,8 @@ class _Stock(Group):
         return torch.cat([keys for keys, _ in held]), torch.cat([values for _, values in held])
 
 
-class _Voices(_Stock):
-    """Compressed layers in a choir: each attends to what it holds, and evicts."""
+class _CompressedRows(_StockRows):
+    """Compressed layers in a shared step: each attends to what it holds, and evicts."""
 
     members: list[HiveLayer]
 

@@ -20,9 +20,9 @@ from kvhive.policies import (
     tova,
     window,
 )
-from kvhive.policies.base import POLICIES, Choice, Knob, Policy, knob
+from kvhive.policies.base import POLICIES, Choice, Policy
 
-__all__ = ["POLICIES", "Choice", "Knob", "Policy", "knob"]
+__all__ = ["POLICIES", "Choice", "Policy"]
 _BUILT_IN = (
     full,
     window,

@@ -8,8 +8,8 @@ into columns, counters and state of the slots; everything else is pure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,34 +19,9 @@ from kvhive.policies._parts.selection import keep_top
 from kvhive.policies.sizing import Sizing
 from kvhive.registry import Registry
 from kvhive.slots import Column, Slots
+from kvhive.spec import Spec
 
 Positions = Literal["original", "cache"]
-
-
-def knob(default: Any, meaning: str) -> Any:
-    """A hyper-parameter with its default and what it means (shown by `kvhive recipes`)."""
-    return field(default=default, metadata={"meaning": meaning})
-
-
-def one_of(policy: str, knob: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise `ValueError`, naming all three, unless a policy's knob has an allowed value."""
-    if value not in allowed:
-        raise ValueError(f"{policy}: {knob} must be one of {allowed}, got {value!r}")
-
-
-def at_least(policy: str, knob: str, value: int | float, least: int | float) -> None:
-    """Raise `ValueError`, naming all three, unless a policy's knob is at least `least`."""
-    if value < least:
-        raise ValueError(f"{policy}: {knob} must be at least {least}, got {value}")
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One hyper-parameter as the command line and the docs show it."""
-
-    name: str
-    default: Any
-    meaning: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +40,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Base of all policies. Fields are hyper-parameters, checked in `__post_init__` of the
-    subclass.
+class Policy(Spec):
+    """Base of all policies. Fields are hyper-parameters.
 
     A method of its own needs one of these: `protected` alone (sinks and windows), `score` with or
     without `protected` (what is kept beside are the best), `select` (a mask), `choose` (a mask and
@@ -81,7 +55,6 @@ class Policy:
     scores).
     """
 
-    name: ClassVar[str]
     source: ClassVar[str]
     cost: ClassVar[str]
     positions: ClassVar[Positions] = "original"
@@ -169,11 +142,6 @@ class Policy:
         excess: what `excess` says. Rows are judged independently.
         """
         raise TypeError(f"{type(self).__name__} does not say which slots survive")
-
-    @classmethod
-    def knobs(cls) -> list[Knob]:
-        """The hyper-parameters with defaults and meaning."""
-        return [Knob(f.name, f.default, f.metadata.get("meaning", "")) for f in fields(cls)]
 
 
 POLICIES: Registry[Policy] = Registry("policy")

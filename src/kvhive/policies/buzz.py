@@ -13,9 +13,10 @@ from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import cells as hive
 from kvhive.policies._parts import regions as region
 from kvhive.policies._parts.regions import SMALL, Regions, Sizes
-from kvhive.policies.base import POLICIES, Choice, Policy, Positions, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Choice, Policy, Positions
 from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("buzz")
@@ -36,14 +37,19 @@ class Buzz(Policy):
     source: ClassVar[str] = "arXiv:2410.23079"
     cost: ClassVar[str] = "column sums (accum, fast) or none (no_max); copies once in ~0.55 budget"
     positions: ClassVar[Positions] = "cache"
+    renamed: ClassVar[Mapping[str, str]] = {"history=log": "buzz_log"}
 
     variant: Literal["accum", "fast", "no_max"] = knob(
         "accum", "a cell's judge: attention since arrival, attention of this step, or none"
     )
-    sink: int | None = knob(None, "first tokens kept for ever; default 4 (1 below a budget of 32)")
-    window: int | None = knob(None, "most recent tokens kept; default 2/7 of budget - sink")
-    threshold: int | None = knob(None, "sample + fresh before an event; default: the rest")
-    stride: int = knob(5, "fresh tokens to a cell")
+    sink: int | None = knob(
+        None, "first tokens kept for ever; default 4 (1 below a budget of 32)", least=0
+    )
+    window: int | None = knob(
+        None, "most recent tokens kept; default 2/7 of budget - sink", least=1
+    )
+    threshold: int | None = knob(None, "sample + fresh before an event; default: the rest", least=2)
+    stride: int = knob(5, "fresh tokens to a cell", least=1)
     prefill: Literal["step", "streamed"] = knob(
         "step", "a prompt is one step, or bookkeeping as if its tokens came one by one"
     )
@@ -55,14 +61,7 @@ class Buzz(Policy):
     allow_unbounded: bool = knob(False, "permit stride 1 or 2, with which nothing is ever thinned")
 
     def __post_init__(self) -> None:
-        for name, least in (("sink", 0), ("window", 1), ("threshold", 2), ("stride", 1)):
-            value = getattr(self, name)
-            if value is not None:
-                at_least("buzz", name, value, least)
-        one_of("buzz", "variant", self.variant, ("accum", "fast", "no_max"))
-        one_of("buzz", "prefill", self.prefill, ("step", "streamed"))
-        one_of("buzz", "prefill_stride", self.prefill_stride, (None, "fit"))
-        one_of("buzz", "match", self.match, ("peak", "mean"))
+        super().__post_init__()
         if self.match == "mean" and not (self.window is None and self.threshold is None):
             raise ValueError("buzz: match='mean' sizes window and threshold itself; leave them out")
         if self.old_stride > 1:

@@ -13,9 +13,10 @@ from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import cells as hive
 from kvhive.policies._parts import regions as region
 from kvhive.policies._parts.regions import Regions, Sizes
-from kvhive.policies.base import POLICIES, Choice, Policy, Positions, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Choice, Policy, Positions
 from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("buzz_log")
@@ -41,20 +42,25 @@ class BuzzLog(Policy):
     variant: Literal["accum", "fast", "no_max"] = knob(
         "accum", "a cell's judge: attention since arrival, attention of this step, or none"
     )
-    sink: int | None = knob(None, "first tokens kept for ever; default 4 (1 below a budget of 32)")
-    window: int | None = knob(None, "most recent tokens kept; default 2/7 of budget - sink")
-    threshold: int | None = knob(None, "history + fresh before an event; default: the rest")
-    stride: int = knob(5, "fresh tokens to a cell")
-    cells: int | None = knob(None, "cells a generation; default: from the budget")
+    sink: int | None = knob(
+        None, "first tokens kept for ever; default 4 (1 below a budget of 32)", least=0
+    )
+    window: int | None = knob(
+        None, "most recent tokens kept; default 2/7 of budget - sink", least=1
+    )
+    threshold: int | None = knob(
+        None, "history + fresh before an event, 2 * stride at least; default: the rest"
+    )
+    stride: int = knob(5, "fresh tokens to a cell", least=1)
+    cells: int | None = knob(None, "cells a generation; default: from the budget", least=1)
 
     def __post_init__(self) -> None:
-        for name, least in (("sink", 0), ("window", 1), ("stride", 1), ("cells", 1)):
-            value = getattr(self, name)
-            if value is not None:
-                at_least("buzz_log", name, value, least)
-        if self.threshold is not None:
-            at_least("buzz_log", "threshold", self.threshold, 2 * self.stride)
-        one_of("buzz_log", "variant", self.variant, ("accum", "fast", "no_max"))
+        super().__post_init__()
+        least = 2 * self.stride
+        if self.threshold is not None and self.threshold < least:
+            raise ValueError(
+                f"buzz_log: threshold must be at least 2 * stride = {least}, got {self.threshold}"
+            )
 
     @property
     def needs(self) -> Needs:

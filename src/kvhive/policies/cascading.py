@@ -12,9 +12,10 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts.cascade import insert
 from kvhive.policies._parts.selection import new_tokens
-from kvhive.policies.base import POLICIES, Choice, Policy, Positions, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Choice, Policy, Positions
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 MOST_SINKS, MOST_LEVELS = 64, 32
 
@@ -39,11 +40,15 @@ class Cascading(Policy):
     cost: ClassVar[str] = "column sums of each query head, each step; 5 bytes a slot"
     positions: ClassVar[Positions] = "cache"
 
-    levels: int = knob(4, "windows")
-    sink: int | None = knob(None, "first tokens kept for ever; default min(64, budget / 16)")
-    places: int | None = knob(None, "tokens that each level holds; default: from the budget")
+    levels: int = knob(4, "windows", least=1, most=MOST_LEVELS)
+    sink: int | None = knob(
+        None, "first tokens kept for ever; default min(64, budget / 16)", least=0
+    )
+    places: int | None = knob(
+        None, "tokens that each level holds; default: from the budget", least=1
+    )
     strides: tuple[int, ...] | None = knob(
-        None, "steps between moves, by level; default 1, 2, 4, ..."
+        None, "steps between moves, by level; default 1, 2, 4, ...", least=1
     )
     beta: float = knob(0.9999, "what a score keeps from one query to the next")
     reduce: Literal["max", "mean", "median"] = knob(
@@ -53,20 +58,14 @@ class Cascading(Policy):
     homogeneous: bool = knob(False, "one score, and so one selection, for all heads of a layer")
 
     def __post_init__(self) -> None:
-        for name, least in (("levels", 1), ("sink", 0), ("places", 1)):
-            value = getattr(self, name)
-            if value is not None:
-                at_least("cascading", name, value, least)
-        if self.levels > MOST_LEVELS:
-            raise ValueError(f"cascading: levels must be at most {MOST_LEVELS}, got {self.levels}")
-        if self.strides is not None and (len(self.strides) != self.levels or min(self.strides) < 1):
+        super().__post_init__()
+        if self.strides is not None and len(self.strides) != self.levels:
             raise ValueError(
-                f"cascading: strides must be {self.levels} numbers of at least 1, one a level, "
+                f"cascading: strides must be {self.levels} numbers, one a level, "
                 f"got {list(self.strides)}"
             )
         if not 0 < self.beta < 1:
             raise ValueError(f"cascading: beta must lie in (0, 1), got {self.beta}")
-        one_of("cascading", "reduce", self.reduce, ("max", "mean", "median"))
 
     @property
     def needs(self) -> Needs:

@@ -12,9 +12,10 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import votes
 from kvhive.policies._parts.selection import keep_top, recent
-from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 MOST, LEAST = 256, 16  # bounds of history and recent where the tokens seen decide them
 UNBOUNDED = 1 << 40
@@ -41,27 +42,27 @@ class Corm(Policy):
     even: ClassVar[bool] = False
 
     history: int | None = knob(
-        None, "queries remembered; default min(256, budget), without one seen / 16 in 16..256"
+        None,
+        "queries remembered; default min(256, budget), without one seen / 16 in 16..256",
+        least=1,
     )
     recent: int | None = knob(
-        None, "newest tokens kept; default budget / 4, without one seen / 16 in 16..256"
+        None, "newest tokens kept; default budget / 4, without one seen / 16 in 16..256", least=1
     )
     threshold: Literal["seen", "cache"] = knob(
         "seen", "an even share: 1 / tokens seen by the query, or 1 / keys it could see ('cache')"
     )
-    cap: int | None = knob(None, "most tokens a head holds although it has no budget")
-    every: int = knob(1, "without a budget: evict when the tokens seen are a multiple of this")
+    cap: int | None = knob(None, "most tokens a head holds although it has no budget", least=1)
+    every: int = knob(
+        1, "without a budget: evict when the tokens seen are a multiple of this", least=1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("history", "recent", "cap", "every"):
-            value = getattr(self, name)
-            if value is not None:
-                at_least("corm", name, value, 1)
+        super().__post_init__()
         if self.cap is not None and self.cap < self.sizing.least:
             raise ValueError(
                 f"corm: cap must be at least recent + 1 = {self.sizing.least}, got {self.cap}"
             )
-        one_of("corm", "threshold", self.threshold, ("seen", "cache"))
 
     @property
     def needs(self) -> Needs:

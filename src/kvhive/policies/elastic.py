@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.selection import keep_top, layer_mean, new_tokens, recent, sinks
-from kvhive.policies.base import POLICIES, Choice, Policy, at_least, knob
+from kvhive.policies.base import POLICIES, Choice, Policy
 from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("elastic")
@@ -36,7 +37,7 @@ class Elastic(Policy):
     granularity: ClassVar[Literal["head", "layer", "model"]] = "layer"
     cost: ClassVar[str] = "column sums; a mean of what a prompt drops; 4 bytes a slot"
 
-    start: int = knob(1, "first tokens kept for ever as they are")
+    start: int = knob(1, "first tokens kept for ever as they are", least=0)
     distance: int = knob(
         -25, "where slot F is: so far from the end of the prompt as kept; above 0, its index"
     )
@@ -46,7 +47,7 @@ class Elastic(Policy):
     merge: bool = knob(True, "average dropped prompt tokens into those kept, or lose them")
 
     def __post_init__(self) -> None:
-        at_least("elastic", "start", self.start, 0)
+        super().__post_init__()
         if self.drop_ratio is not None and not 0 <= self.drop_ratio < 1:
             raise ValueError(f"elastic: drop_ratio must lie in [0, 1), got {self.drop_ratio}")
 

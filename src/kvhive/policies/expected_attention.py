@@ -11,9 +11,10 @@ from torch import Tensor
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.futures import Gaussian, QueryRing, fit
 from kvhive.policies._parts.selection import grouped, lengths, sinks
-from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
+from kvhive.spec import knob
 
 HELD_AND_QUERIES = Needs(queries=True, score_keys=True, score_values=True)
 
@@ -37,19 +38,18 @@ class ExpectedAttention(Policy):
     source: ClassVar[str] = "arXiv:2510.00636"
     cost: ClassVar[str] = "reads keys and values once an eviction, O(n d^2); the last queries"
 
-    sink: int = knob(4, "first tokens kept for ever; their queries are left out as outliers")
-    future: int = knob(512, "positions ahead that are averaged over")
+    sink: int = knob(
+        4, "first tokens kept for ever; their queries are left out as outliers", least=0
+    )
+    future: int = knob(512, "positions ahead that are averaged over", least=1)
     covariance: bool = knob(True, "use the covariance of the queries, or their mean alone")
-    epsilon: float = knob(0.0, "added to the expected attention before the value's length counts")
-    queries: int = knob(128, "last queries that stand for those to come while decoding")
+    epsilon: float = knob(
+        0.0, "added to the expected attention before the value's length counts", least=0
+    )
+    queries: int = knob(128, "last queries that stand for those to come while decoding", least=1)
     decode: Literal["rescore", "none"] = knob(
         "rescore", "evict while decoding too, or compress prompts only"
     )
-
-    def __post_init__(self) -> None:
-        for name, least in (("sink", 0), ("future", 1), ("epsilon", 0), ("queries", 1)):
-            at_least("expected_attention", name, getattr(self, name), least)
-        one_of("expected_attention", "decode", self.decode, ("rescore", "none"))
 
     @property
     def needs(self) -> Needs:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.selection import recent
-from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("h2o")
@@ -30,11 +31,7 @@ class H2O(Policy):
     source: ClassVar[str] = "arXiv:2306.14048"
     cost: ClassVar[str] = "column sums each step; 4 bytes a slot"
 
-    recent: int | None = knob(None, "most recent tokens kept; default: half of the budget")
-
-    def __post_init__(self) -> None:
-        if self.recent is not None and self.recent < 0:
-            raise ValueError(f"h2o: recent must be at least 0, got {self.recent}")
+    recent: int | None = knob(None, "most recent tokens kept; default: half of the budget", least=0)
 
     @property
     def needs(self) -> Needs:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvhive.kernels import Held, Needs
-from kvhive.policies.base import POLICIES, Policy, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.slots import Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("keydiff")
@@ -31,9 +32,6 @@ class KeyDiff(Policy):
     anchor: Literal["unit", "plain"] = knob(
         "unit", "mean of the keys scaled to length 1, or of the keys as they are"
     )
-
-    def __post_init__(self) -> None:
-        one_of("keydiff", "anchor", self.anchor, ("unit", "plain"))
 
     @property
     def needs(self) -> Needs:

@@ -14,9 +14,10 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import pages
 from kvhive.policies._parts.selection import grouped, new_tokens
-from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing, some_slack
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("kv_compress")
@@ -40,32 +41,29 @@ class KVCompress(Policy):
     granularity: ClassVar[Literal["head", "layer", "model"]] = "model"
     even: ClassVar[bool] = False
 
-    observed: int = knob(32, "last queries of a prompt that vote")
-    protected_window: int = knob(32, "newest tokens kept in every head, the coming one included")
-    buffer: int = knob(0, "a query votes for tokens at least so far behind it")
+    observed: int = knob(32, "last queries of a prompt that vote", least=1)
+    protected_window: int = knob(
+        32, "newest tokens kept in every head, the coming one included", least=1
+    )
+    buffer: int = knob(0, "a query votes for tokens at least so far behind it", least=0)
     norm: Literal["l2", "l1"] = knob("l2", "a vote is squared attention, or attention")
     pool: int = knob(7, "width over which a prompt's votes are max-pooled; 1: not at all")
-    query_block: int = knob(4096, "observed queries pooled together; blocks are added up")
-    page: int = knob(16, "tokens a page")
-    sink: int = knob(0, "first tokens kept for ever")
+    query_block: int = knob(4096, "observed queries pooled together; blocks are added up", least=1)
+    page: int = knob(16, "tokens a page", least=1)
+    sink: int = knob(0, "first tokens kept for ever", least=0)
     rate: float | None = knob(
         None, "in place of a budget: share kept of all tokens seen but the window; the cache grows"
     )
     decode: Literal["continual", "none"] = knob("continual", "evict while generating, or never")
-    interval: int = knob(1, "generated tokens from one eviction to the next")
+    interval: int = knob(1, "generated tokens from one eviction to the next", least=1)
 
     def __post_init__(self) -> None:
-        for name in ("observed", "protected_window", "query_block", "page", "interval"):
-            at_least("kv_compress", name, getattr(self, name), 1)
-        for name in ("buffer", "sink"):
-            at_least("kv_compress", name, getattr(self, name), 0)
+        super().__post_init__()
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"kv_compress: pool must be an odd number, got {self.pool}")
         if self.buffer > self.protected_window:
             most = f"protected_window = {self.protected_window}"
             raise ValueError(f"kv_compress: buffer must be at most {most}, got {self.buffer}")
-        one_of("kv_compress", "norm", self.norm, ("l2", "l1"))
-        one_of("kv_compress", "decode", self.decode, ("continual", "none"))
         if self.rate is not None and not 0 < self.rate <= 1:
             raise ValueError(f"kv_compress: rate must lie in (0, 1], got {self.rate}")
 

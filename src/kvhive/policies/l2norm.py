@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kvhive.kernels import Held, Needs
 from kvhive.policies._parts.selection import joint_ranks, lengths, recent
-from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.full import Full
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
+from kvhive.spec import knob
 
 ROUNDING = 5e-7  # norms this close, relatively, are equal: a few roundings of float32
 
@@ -33,18 +34,12 @@ class L2Norm(Policy):
     cost: ClassVar[str] = "reads the keys once an eviction, no attention scores"
 
     skip_layers: tuple[int, ...] = knob(
-        (), "layers left whole, counted from 0; the authors leave out [0, 1]"
+        (), "layers left whole, counted from 0; the authors leave out [0, 1]", least=0
     )
-    recent: int = knob(0, "most recent tokens kept whatever their norm")
+    recent: int = knob(0, "most recent tokens kept whatever their norm", least=0)
     decode: Literal["stream", "none"] = knob(
         "stream", "evict while decoding too, or compress prompts only"
     )
-
-    def __post_init__(self) -> None:
-        at_least("l2norm", "recent", self.recent, 0)
-        one_of("l2norm", "decode", self.decode, ("stream", "none"))
-        if any(layer < 0 for layer in self.skip_layers):
-            raise ValueError(f"l2norm: skip_layers must be at least 0, got {self.skip_layers}")
 
     @property
     def needs(self) -> Needs:

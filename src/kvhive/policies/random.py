@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvhive.kernels import Held
 from kvhive.policies._parts.selection import recent, sinks
-from kvhive.policies.base import POLICIES, Policy, at_least, knob
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
+from kvhive.spec import knob
 
 LARGEST_SEED = 2**31 - 1
 _MASK = 0xFFFFFFFF
@@ -34,15 +35,9 @@ class Random(Policy):
     source: ClassVar[str] = "a control"
     cost: ClassVar[str] = "no scores; any attention kernel"
 
-    seed: int = knob(0, "which draw")
-    sink: int = knob(0, "first tokens kept for ever")
-    recent: int = knob(0, "most recent tokens kept")
-
-    def __post_init__(self) -> None:
-        at_least("random", "sink", self.sink, 0)
-        at_least("random", "recent", self.recent, 0)
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise ValueError(f"random: seed must lie in 0..{LARGEST_SEED}, got {self.seed}")
+    seed: int = knob(0, "which draw", least=0, most=LARGEST_SEED)
+    sink: int = knob(0, "first tokens kept for ever", least=0)
+    recent: int = knob(0, "most recent tokens kept", least=0)
 
     @property
     def sizing(self) -> Sizing:

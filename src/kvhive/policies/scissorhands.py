@@ -12,9 +12,10 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import votes
 from kvhive.policies._parts.selection import keep_top, recent
-from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 MOST = 400  # queries remembered by default, and the width of the ring unless history= sets it
 
@@ -38,20 +39,14 @@ class Scissorhands(Policy):
     cost: ClassVar[str] = (
         "the last 400 rows of a prompt, then each row; 50 bytes a slot (GQA of 4: 150)"
     )
+    renamed: ClassVar[Mapping[str, str]] = {"variant=percentile": "scissorhands_percentile"}
 
-    history: int | None = knob(None, "queries remembered; default min(400, 2 * budget)")
-    recent: int | None = knob(None, "newest tokens kept; default min(10, budget / 4)")
-    drop: int | None = knob(None, "tokens freed at a time, less one; default budget / 2")
+    history: int | None = knob(None, "queries remembered; default min(400, 2 * budget)", least=1)
+    recent: int | None = knob(None, "newest tokens kept; default min(10, budget / 4)", least=0)
+    drop: int | None = knob(None, "tokens freed at a time, less one; default budget / 2", least=1)
     threshold: Literal["seen", "cache"] = knob(
         "seen", "an even share: 1 / tokens seen by the query, or 1 / keys it could see ('cache')"
     )
-
-    def __post_init__(self) -> None:
-        for name, least in (("history", 1), ("recent", 0), ("drop", 1)):
-            value = getattr(self, name)
-            if value is not None:
-                at_least("scissorhands", name, value, least)
-        one_of("scissorhands", "threshold", self.threshold, ("seen", "cache"))
 
     @property
     def needs(self) -> Needs:

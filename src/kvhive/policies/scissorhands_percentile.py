@@ -13,9 +13,10 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts.endorsement import Rule, endorse
 from kvhive.policies._parts.selection import keep_top, recent
-from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("scissorhands_percentile")
@@ -33,21 +34,19 @@ class ScissorhandsPercentile(Policy):
     cost: ClassVar[str] = "walks a prompt query by query; 4 bytes a slot"
     even: ClassVar[bool] = False
 
-    history: int = knob(100, "queries remembered")
-    recent: int = knob(10, "newest tokens kept")
+    history: int = knob(100, "queries remembered", least=1)
+    recent: int = knob(10, "newest tokens kept", least=0)
     keep_fraction: float = knob(0.1, "share of the row that a query endorses")
-    start: int = knob(100, "first position that is pruned")
+    start: int = knob(100, "first position that is pruned", least=0)
     decode: Literal["stream", "none"] = knob("stream", "goes on while decoding, or prompts alone")
 
     def __post_init__(self) -> None:
-        for name, least in (("history", 1), ("recent", 0), ("start", 0)):
-            at_least("scissorhands_percentile", name, getattr(self, name), least)
+        super().__post_init__()
         if not 0 < self.keep_fraction < 1:
             raise ValueError(
                 "scissorhands_percentile: keep_fraction must lie in (0, 1), got "
                 f"{self.keep_fraction}"
             )
-        one_of("scissorhands_percentile", "decode", self.decode, ("stream", "none"))
 
     @property
     def needs(self) -> Needs:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.selection import grouped, new_tokens, recent
-from kvhive.policies.base import POLICIES, Policy, at_least, knob, one_of
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("snapkv")
@@ -35,7 +36,7 @@ class SnapKV(Policy):
     source: ClassVar[str] = "arXiv:2404.14469"
     cost: ClassVar[str] = "attention of the last `window` queries; 8 bytes a slot"
 
-    window: int = knob(32, "last tokens, always kept, whose queries vote")
+    window: int = knob(32, "last tokens, always kept, whose queries vote", least=1)
     kernel: int = knob(5, "tokens the votes are smoothed over, an odd number")
     pooling: Literal["avg", "max"] = knob(
         "avg", "how they are smoothed; the paper's runs use max, 7"
@@ -48,12 +49,9 @@ class SnapKV(Policy):
     )
 
     def __post_init__(self) -> None:
-        at_least("snapkv", "window", self.window, 1)
+        super().__post_init__()
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"snapkv: kernel must be an odd number, got {self.kernel}")
-        one_of("snapkv", "pooling", self.pooling, ("avg", "max"))
-        one_of("snapkv", "group_reduce", self.group_reduce, ("mean", "max", "sum"))
-        one_of("snapkv", "decode", self.decode, ("rescore", "none"))
 
     @property
     def needs(self) -> Needs:

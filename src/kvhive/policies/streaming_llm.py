@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvhive.policies._parts.selection import recent, sinks
-from kvhive.policies.base import POLICIES, Policy, Positions, knob
+from kvhive.policies.base import POLICIES, Policy, Positions
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
+from kvhive.spec import knob
 
 
 @POLICIES.register("streaming_llm")
@@ -28,11 +29,7 @@ class StreamingLLM(Policy):
     cost: ClassVar[str] = "no scores; any attention kernel"
     positions: ClassVar[Positions] = "cache"
 
-    sink: int = knob(4, "first tokens kept for ever")
-
-    def __post_init__(self) -> None:
-        if self.sink < 0:
-            raise ValueError(f"streaming_llm: sink must be at least 0, got {self.sink}")
+    sink: int = knob(4, "first tokens kept for ever", least=0)
 
     @property
     def sizing(self) -> Sizing:

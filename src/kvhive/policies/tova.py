@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.selection import grouped, layer_mean, recent
-from kvhive.policies.base import POLICIES, Policy, knob
+from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
 LAST_ROW = Needs(last_rows=1)
 

@@ -13,6 +13,7 @@ from kvhive.calibration import Profile
 from kvhive.kernels import Ask, Observed
 from kvhive.plan import Plan
 from kvhive.registry import Registry
+from kvhive.spec import Spec
 
 
 class Store(ABC):
@@ -90,13 +91,12 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class StoreKind:
+class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
     profile: the method of the profile it reads; None for no profile.
     """
 
-    name: ClassVar[str]
     profile: ClassVar[str | None] = None
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:

@@ -62,11 +62,11 @@ class Person:
 
     def passage(self, rng: random.Random) -> str:
         """A few sentences that tell all facts, between others that tell none."""
-        told = [
+        facts = [
             f"{self.name} was born in {self.town} in {self.year}.",
             f"Like few others there, {self.name} worked as a {self.trade}.",
         ]
-        return " ".join([told[0], sentence(rng), told[1], sentence(rng), sentence(rng)])
+        return " ".join([facts[0], sentence(rng), facts[1], sentence(rng), sentence(rng)])
 
 
 def people(rng: random.Random, count: int) -> list[Person]:

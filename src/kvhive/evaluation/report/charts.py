@@ -91,12 +91,12 @@ def quality_plot(points: Sequence[Point], across: str, up: str) -> str:
     for one in points:
         x, y = frame.x(one.across), frame.y(one.up.value)
         top, bottom = frame.y(one.up.high), frame.y(one.up.low)
-        told = f"{one.name}: {one.up.value:.4g} ({one.up.low:.4g} .. {one.up.high:.4g})"
+        label = f"{one.name}: {one.up.value:.4g} ({one.up.low:.4g} .. {one.up.high:.4g})"
         ring = _ring(one.name, x, y) if one.front else ""
         parts.append(
             f'<g style="--c:{one.colour}"><line class="whisker" x1="{x:.1f}" x2="{x:.1f}" '
             f'y1="{top:.1f}" y2="{bottom:.1f}"/>{ring}<circle class="dot" cx="{x:.1f}" '
-            f'cy="{y:.1f}" r="4.5"><title>{escape(told)}</title></circle></g>'
+            f'cy="{y:.1f}" r="4.5"><title>{escape(label)}</title></circle></g>'
         )
     return _svg("".join(parts), f"{up} against {across}")
 

@@ -33,7 +33,7 @@ def join(runs: Sequence[Run]) -> Run:
                 rows[_key(row)].setdefault(row["recipe"], row)
     recipes = dict.fromkeys(name for run in runs for name in run.settings["recipes"])
     settings = {**first.settings, "recipes": list(recipes)}
-    joined = [row for told in rows.values() for row in told.values()]
+    joined = [row for of_item in rows.values() for row in of_item.values()]
     return Run.made_of(" + ".join(run.name for run in runs), settings, first.facts, joined)
 
 

@@ -19,11 +19,11 @@ def as_markdown(run: Run, command: str) -> str:
     """The text of the file. command: what made it."""
     settings, facts = run.settings, run.facts
     how = {name: settings[name] for name in ("model", "dtype", "limit", "seed", "block", "hold")}
-    told = {**how, **{name: facts[name] for name in _SHOWN}}
+    shown = {**how, **{name: facts[name] for name in _SHOWN}}
     lines = [
         f"# {run.name}",
         "",
-        ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) + ".",
+        ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None) + ".",
         "± is half of a 95 % bootstrap interval, paired on the same items in comparisons. MiB",
         "are counted when decoding begins. Skill is (score - floor) / (full - floor); the floor is",
         "the full cache without the context.",

@@ -204,10 +204,10 @@ def _heat_maps(run: Run, task: str, mode: str, scores: list[Score]) -> str:
             facts = {**row["facts"], **probe["facts"]}
             if name in probe["scores"] and {"length", "depth"} <= facts.keys():
                 cell = (float(facts["length"]), float(facts["depth"]))
-                told = grids.setdefault(row["recipe"], {}).setdefault(cell, [])
-                told.append(probe["scores"][name])
+                in_cell = grids.setdefault(row["recipe"], {}).setdefault(cell, [])
+                in_cell.append(probe["scores"][name])
     means = {
-        recipe: {cell: sum(told) / len(told) for cell, told in grid.items()}
+        recipe: {cell: sum(in_cell) / len(in_cell) for cell, in_cell in grid.items()}
         for recipe, grid in grids.items()
     }
     values = [value for grid in means.values() for value in grid.values()]
@@ -218,10 +218,10 @@ def _heat_maps(run: Run, task: str, mode: str, scores: list[Score]) -> str:
 
 
 def _conditions(run: Run) -> str:
-    told = {**run.settings, **run.facts}
+    shown = {**run.settings, **run.facts}
     lines = "".join(
         f"<tr><th>{escape(str(name))}</th><td>{escape(_plain(value))}</td></tr>"
-        for name, value in told.items()
+        for name, value in shown.items()
     )
     return f'<h2>Conditions</h2><table class="conditions"><tbody>{lines}</tbody></table>'
 

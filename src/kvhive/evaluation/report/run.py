@@ -11,6 +11,7 @@ from kvhive.evaluation.results import read_rows, read_run
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import Row, Score, Standing, scores, standings
 from kvhive.evaluation.tasks import parse_task
+from kvhive.inference.modes import MODES
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Run:
     def modes(self) -> list[str]:
         """Those in which some task can show a loss."""
         found = {mode for one in self.standings for mode in one.skills}
-        return [mode for mode in ("agnostic", "aware", "stream") if mode in found]
+        return [mode for mode in MODES if mode in found]
 
     def against(self, recipe: str) -> Run:
         """With differences and ratios to another recipe than the full cache.
@@ -74,16 +75,16 @@ class Run:
 
     def unclear(self) -> list[str]:
         """Sentences on tasks that cannot show a loss here."""
-        told = []
+        sentences = []
         for task, mode in self.parts:
             full = next((one for one in self.headline(task, mode) if one.recipe != NONE), None)
             if full is not None and not full.clear:
-                told.append(
+                sentences.append(
                     f"{task} ({mode}): the full cache's {full.measure.name} of {full.full:.3g} is "
                     f"within 4 standard errors of the floor ({_spelled(full.floor)}): this task "
                     "cannot show a loss with this model and so many items"
                 )
-        return told
+        return sentences
 
 
 def _check_known(rows: list[Row], facts: Mapping[str, Any]) -> None:

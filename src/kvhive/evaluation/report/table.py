@@ -71,8 +71,8 @@ def score_cells(score: Score) -> list[str]:
 
 def standing_cells(one: Standing, modes: Sequence[str]) -> list[str]:
     """A line of the leaderboard: the recipe's name, kept, bytes, and its skill in each mode."""
-    told = [_share(one.skills.get(mode)) for mode in modes]
-    return [one.recipe, f"{one.kept:.0%}", f"{one.bytes:.0%}", *told]
+    skills = [_share(one.skills.get(mode)) for mode in modes]
+    return [one.recipe, f"{one.kept:.0%}", f"{one.bytes:.0%}", *skills]
 
 
 def _with_half(figure: Interval) -> str:

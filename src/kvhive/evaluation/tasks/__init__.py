@@ -18,9 +18,9 @@ from kvhive.evaluation.tasks import (
     verbatim,
     word_codes,
 )
-from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, knob, parse_task
+from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, parse_task
 
-__all__ = ["GROUPS", "TASKS", "Conversation", "Task", "knob", "parse_task", "parse_tasks"]
+__all__ = ["GROUPS", "TASKS", "Conversation", "Task", "parse_task", "parse_tasks"]
 _BUILT_IN = (
     counting,
     fidelity,

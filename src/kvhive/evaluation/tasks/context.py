@@ -16,7 +16,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 @dataclass(frozen=True)
 class TaskContext:
-    """Everything an item may depend on; the same desk gives the same items."""
+    """Everything an item may depend on; the same context gives the same items."""
 
     source: Source
     tokenizer: PreTrainedTokenizerBase
@@ -98,6 +98,6 @@ class TaskContext:
 _SAME = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.")
 
 
-def _repeated(desk: TaskContext, tokens: int) -> list[str]:
-    round_trip = desk.count(" ".join(_SAME) + " ")
-    return [*_SAME] * max(1, tokens // round_trip)
+def _repeated(context: TaskContext, tokens: int) -> list[str]:
+    tokens_each = context.count(" ".join(_SAME) + " ")
+    return [*_SAME] * max(1, tokens // tokens_each)

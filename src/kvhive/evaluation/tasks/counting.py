@@ -10,9 +10,15 @@ from typing import ClassVar
 from kvhive.evaluation.data.made_up import coded_word
 from kvhive.evaluation.measures import SHARE_FOUND
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
+
+_LIST_INSTRUCTION = (
+    "Below is a numbered list of words. Memorise the ones that appear most often.\n\n"
+)
+_CODED_INSTRUCTION = "Read the following coded text and track the frequency of each coded word.\n\n"
 
 
 @TASKS.register("cwe")
@@ -28,21 +34,20 @@ class CommonWords(Task):
     often: ClassVar[int] = 10  # times a frequent word comes, a rare one `rare` times
     rare: ClassVar[int] = 1
 
-    tokens: int = knob(1024, "length of the list, about")
-    common: int = knob(5, "frequent words", most=20)
+    tokens: int = knob(1024, "length of the list, about", least=1)
+    common: int = knob(5, "frequent words", least=1, most=20)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """New words every time."""
         number = 0
-        tell = "Below is a numbered list of words. Memorise the ones that appear most often.\n\n"
         while True:
-            rng = desk.random("cwe", number)
+            rng = context.random("cwe", number)
             words = rng.sample(NOUNS, len(NOUNS))
             common = words[: self.common]
-            size = self.often * sum(desk.count(f" 100. {word}") for word in common)
+            size = self.often * sum(context.count(f" 100. {word}") for word in common)
             listed = common * self.often
             for word in words[self.common :]:
-                size += self.rare * desk.count(f" 100. {word}")
+                size += self.rare * context.count(f" 100. {word}")
                 if size > self.tokens:
                     break
                 listed += [word] * self.rare
@@ -55,7 +60,10 @@ class CommonWords(Task):
                 limit=8 * self.common,
                 stop=("\n\n",),
             )
-            yield Item(f"cwe-{number}", tell + body, tell, (probe,), facts={"length": self.tokens})
+            facts = {"length": self.tokens}
+            yield Item(
+                f"cwe-{number}", _LIST_INSTRUCTION + body, _LIST_INSTRUCTION, (probe,), facts=facts
+            )
             number += 1
 
 
@@ -69,17 +77,16 @@ class FrequentWords(Task):
 
     measures = (SHARE_FOUND,)
 
-    tokens: int = knob(1024, "length of the text, about")
+    tokens: int = knob(1024, "length of the text, about", least=1)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """New words every time."""
         number = 0
-        tell = "Read the following coded text and track the frequency of each coded word.\n\n"
         while True:
-            rng = desk.random("fwe", number)
+            rng = context.random("fwe", number)
             words = _different(rng, 20)
             weights = [1 / rank**2 for rank in range(1, len(words) + 1)]
-            total = self.tokens // max(1, desk.count(" " + words[0]))
+            total = self.tokens // max(1, context.count(" " + words[0]))
             share = total / sum(weights)
             listed = [
                 word
@@ -95,7 +102,14 @@ class FrequentWords(Task):
                 stop=("\n\n",),
             )
             body = " ".join(listed)
-            yield Item(f"fwe-{number}", tell + body, tell, (probe,), facts={"length": self.tokens})
+            facts = {"length": self.tokens}
+            yield Item(
+                f"fwe-{number}",
+                _CODED_INSTRUCTION + body,
+                _CODED_INSTRUCTION,
+                (probe,),
+                facts=facts,
+            )
             number += 1
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import measured
-from kvhive.evaluation.protocols import Mode, ModelUnderTest
+from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.streaming import compare, compare_bare
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe, RecipeResult
+from kvhive.inference.modes import Mode
+from kvhive.spec import knob
 
 
 @TASKS.register("fidelity")
@@ -39,24 +41,24 @@ class Fidelity(Task):
     data: ClassVar = ("wikitext2",)
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
-    tokens: int = knob(1024, "tokens compressed")
-    scored: int = knob(64, "tokens compared after them")
+    tokens: int = knob(1024, "tokens compressed", least=1)
+    scored: int = knob(64, "tokens compared after them", least=1)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """Windows of the articles at hand that are long enough, one of each."""
         size = self.tokens + self.scored
-        for record in desk.records("wikitext2"):
-            ids = desk.ids(record["text"])
+        for record in context.records("wikitext2"):
+            ids = context.ids(record["text"])
             if len(ids) >= size:
                 probe = Probe((), target=ids[self.tokens : size])
                 facts = {"length": self.tokens}
                 prefix = ids[: self.tokens]
                 yield Item(record["id"], prefix, (), (probe,), chat=False, facts=facts)
 
-    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
+    def run(self, tested: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """All recipes on one text."""
-        return compare(asked, item)
+        return compare(tested, item)
 
-    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
+    def floor(self, tested: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """Without the text."""
-        return compare_bare(asked.only_full(), item)
+        return compare_bare(tested.only_full(), item)

@@ -14,11 +14,12 @@ from kvhive.evaluation.measures import (
     Measure,
     per_probe,
 )
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Outcome, Probe
+from kvhive.spec import knob
 
-_TELL = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+_INSTRUCTION = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 
 
 def _first_block(probe: Probe, outcome: Outcome) -> float | None:
@@ -45,21 +46,20 @@ class KeyValue(Conversation):
     )
     data: ClassVar = ("kv_retrieval",)
 
-    pairs: int = knob(8, "pairs in the object, at most 75")
-    asked: int = knob(1, "keys asked of one object")
+    pairs: int = knob(8, "pairs in the object", least=1, most=75)
+    asked: int = knob(1, "keys asked of one object", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.asked <= self.pairs <= 75:
+        if self.asked > self.pairs:
             raise ValueError(
-                f"kv: 1 <= asked <= pairs <= 75 must hold, got asked="
-                f"{self.asked}, pairs={self.pairs}"
+                f"kv: asked must be at most pairs, got asked={self.asked}, pairs={self.pairs}"
             )
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """From each record the asked pair and others drawn from it, shuffled."""
-        for record in desk.records("kv_retrieval"):
-            rng = desk.random("kv", record["id"])
+        for record in context.records("kv_retrieval"):
+            rng = context.random("kv", record["id"])
             others = [pair for pair in record["records"] if pair[0] != record["key"]]
             first = [record["key"], record["value"]]
             pairs = [first, *rng.sample(others, self.pairs - 1)]
@@ -70,7 +70,9 @@ class KeyValue(Conversation):
             body = (
                 "JSON data:\n{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs) + "}"
             )
-            yield Item(record["id"], _TELL + body, _TELL, probes, facts={"pairs": self.pairs})
+            yield Item(
+                record["id"], _INSTRUCTION + body, _INSTRUCTION, probes, facts={"pairs": self.pairs}
+            )
 
 
 def _probe(key: str, value: str, values: tuple[str, ...]) -> Probe:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import EXACT, NLL, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 _EXAMPLE = re.compile(r"Question: (.+?)\nType: (.+?)(?:\n|$)")
 
@@ -27,16 +28,16 @@ class Trec(Conversation):
     measures = (EXACT, TOKEN_ACCURACY, NLL)
     data: ClassVar = ("longbench_mini",)
 
-    shots: int = knob(40, "examples in the context")
-    asked: int = knob(5, "questions of one context")
+    shots: int = knob(40, "examples in the context", least=1)
+    asked: int = knob(5, "questions of one context", least=1)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """From each long list of examples some as context and others to ask, again and again."""
-        records = [one for one in desk.records("longbench_mini") if one["dataset"] == "trec"]
+        records = [one for one in context.records("longbench_mini") if one["dataset"] == "trec"]
         number = 0
         while records:
             record = records[number % len(records)]
-            rng = desk.random("trec", number)
+            rng = context.random("trec", number)
             examples = _EXAMPLE.findall(record["context"] + "\n")
             if len(examples) < self.shots + self.asked:
                 raise ValueError(
@@ -45,12 +46,14 @@ class Trec(Conversation):
                 )
             drawn = rng.sample(examples, self.shots + self.asked)
             shown, hidden = drawn[: self.shots], drawn[self.shots :]
-            tell = "Classify each question by the type of its answer.\n"
-            context = "".join(f"Question: {text}\nType: {label}\n" for text, label in shown)
+            instruction = "Classify each question by the type of its answer.\n"
+            prefix = "".join(f"Question: {text}\nType: {label}\n" for text, label in shown)
             probes = tuple(
                 Probe(f"Question: {text}\nType:", target=f" {label}\n", history=f" {label}")
                 for text, label in hidden
             )
             facts = {"shots": self.shots}
-            yield Item(f"trec-{number}", tell + context, tell, probes, chat=False, facts=facts)
+            yield Item(
+                f"trec-{number}", instruction + prefix, instruction, probes, chat=False, facts=facts
+            )
             number += 1

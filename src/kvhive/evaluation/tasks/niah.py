@@ -10,11 +10,12 @@ from typing import ClassVar
 from kvhive.evaluation.data.made_up import random_uuid
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, SHARE_FOUND, TOKEN_ACCURACY
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
-_TELL = "Some special magic {kind}s are hidden within the following text. Memorise them.\n\n"
+_INSTRUCTION = "Some special magic {kind}s are hidden within the following text. Memorise them.\n\n"
 _HAY = ("book", "repeat", "needles")
 _NEEDLE = "One of the special magic {kind}s for {word} is: {value}."
 
@@ -27,22 +28,22 @@ class Niah(Task):
     words: ClassVar[int] = 1  # different words with needles
     values: ClassVar[int] = 1  # needles a word
 
-    tokens: int = knob(1024, "length of the context")
+    tokens: int = knob(1024, "length of the context", least=1)
     hay: str = knob("book", "text; 'needles': nothing but other needles", among=_HAY)
     kind: str = knob("number", "'number': seven digits", among=("number", "uuid"))
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """Needles at random depths."""
         number = 0
         while True:
-            rng = desk.random(self.name, number)
+            rng = context.random(self.name, number)
             words = rng.sample(NOUNS, self.words)
-            told = {word: [self._value(rng) for _ in range(self.values)] for word in words}
-            tell = _TELL.format(kind=self.kind)
+            needles = {word: [self._value(rng) for _ in range(self.values)] for word in words}
+            instruction = _INSTRUCTION.format(kind=self.kind)
             facts = {"length": self.tokens}
-            context = tell + self._hay(desk, rng, told)
-            probe = self._probe(rng, told)
-            yield Item(f"{self.name}-{number}", context, tell, (probe,), facts=facts)
+            prefix = instruction + self._hay(context, rng, needles)
+            probe = self._probe(rng, needles)
+            yield Item(f"{self.name}-{number}", prefix, instruction, (probe,), facts=facts)
             number += 1
 
     def _value(self, rng: Random) -> str:
@@ -50,31 +51,31 @@ class Niah(Task):
             random_uuid(rng) if self.kind == "uuid" else str(rng.randrange(1_000_000, 10_000_000))
         )
 
-    def _hay(self, desk: TaskContext, rng: Random, told: dict[str, list[str]]) -> str:
+    def _hay(self, context: TaskContext, rng: Random, needles: dict[str, list[str]]) -> str:
         lines = [
             _NEEDLE.format(kind=self.kind, word=word, value=value)
-            for word, values in told.items()
+            for word, values in needles.items()
             for value in values
         ]
         if self.hay != "needles":
-            return desk.haystack(
+            return context.haystack(
                 rng, self.tokens, [(rng.random(), line) for line in lines], self.hay
             )
-        others = (word for word in rng.sample(NOUNS, len(NOUNS)) if word not in told)
-        size = sum(desk.count(line) for line in lines)
+        others = (word for word in rng.sample(NOUNS, len(NOUNS)) if word not in needles)
+        size = sum(context.count(line) for line in lines)
         for word in others:
             line = _NEEDLE.format(kind=self.kind, word=word, value=self._value(rng))
-            size += desk.count(line) + 1
+            size += context.count(line) + 1
             if size > self.tokens:
                 break
             lines.append(line)
         return "\n".join(rng.sample(lines, len(lines)))
 
-    def _probe(self, rng: Random, told: dict[str, list[str]]) -> Probe:
-        """One word, one value: exact, and a choice among all values told and three never told."""
-        word = next(iter(told))
-        value = told[word][0]
-        values = [one for values in told.values() for one in values]
+    def _probe(self, rng: Random, needles: dict[str, list[str]]) -> Probe:
+        """One word, one value: exact, and a choice among all values there and three others."""
+        word = next(iter(needles))
+        value = needles[word][0]
+        values = [one for values in needles.values() for one in values]
         choices = tuple(
             rng.sample([*values, *(self._value(rng) for _ in range(3))], len(values) + 3)
         )
@@ -130,8 +131,8 @@ class NiahMultivalue(_Listed):
     measures = (SHARE_FOUND,)
     values: ClassVar[int] = 4
 
-    def _probe(self, rng: Random, told: dict[str, list[str]]) -> Probe:
-        ((word, values),) = told.items()
+    def _probe(self, rng: Random, needles: dict[str, list[str]]) -> Probe:
+        ((word, values),) = needles.items()
         return self._listed([word], values)
 
 
@@ -145,6 +146,6 @@ class NiahMultiquery(_Listed):
 
     asked: int = knob(3, "words asked together", least=2, most=4)
 
-    def _probe(self, rng: Random, told: dict[str, list[str]]) -> Probe:
-        words = list(told)[: self.asked]
-        return self._listed(words, [told[word][0] for word in words])
+    def _probe(self, rng: Random, needles: dict[str, list[str]]) -> Probe:
+        words = list(needles)[: self.asked]
+        return self._listed(words, [needles[word][0] for word in words])

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
-_TELL = "There is important information hidden in the text below. Remember it.\n\n"
+_INSTRUCTION = "There is important information hidden in the text below. Remember it.\n\n"
 
 
 @TASKS.register("passkey")
@@ -26,23 +27,25 @@ class Passkey(Task):
     measures = (EXACT, TOKEN_ACCURACY, CHOICE, MARGIN)
     data: ClassVar = ("books",)
 
-    lengths: tuple[int, ...] = knob((1024,), "tokens of the context; items take them in turn")
+    lengths: tuple[int, ...] = knob(
+        (1024,), "tokens of the context; items take them in turn", least=1
+    )
     depths: tuple[float, ...] = knob(
         (0.0, 0.25, 0.5, 0.75, 1.0), "where the key lies", least=0, most=1
     )
     decoys: int = knob(0, "keys of another name in the same text", least=0, most=45)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """All depths of the first length, then of the next, and again with other keys."""
         number = 0
         while True:
             for length in self.lengths:
                 for depth in self.depths:
-                    yield self._item(desk, number, length, depth)
+                    yield self._item(context, number, length, depth)
                     number += 1
 
-    def _item(self, desk: TaskContext, number: int, length: int, depth: float) -> Item:
-        rng = desk.random("passkey", number)
+    def _item(self, context: TaskContext, number: int, length: int, depth: float) -> Item:
+        rng = context.random("passkey", number)
         keys = [str(key) for key in rng.sample(range(10_000, 100_000), 10 + self.decoys)]
         key, others = keys[0], keys[1:10]
         needles = [(depth, f"The pass key is {key}. Remember it. {key} is the pass key.")]
@@ -59,6 +62,6 @@ class Passkey(Task):
             gold=choices.index(key),
             history=key + ".",
         )
-        hay = desk.haystack(rng, length, needles)
+        hay = context.haystack(rng, length, needles)
         facts = {"length": length, "depth": depth}
-        return Item(f"passkey-{number}", _TELL + hay, _TELL, (probe,), facts=facts)
+        return Item(f"passkey-{number}", _INSTRUCTION + hay, _INSTRUCTION, (probe,), facts=facts)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import PERPLEXITY, TOKEN_ACCURACY
-from kvhive.evaluation.protocols import Mode, ModelUnderTest
+from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.streaming import in_pieces, stream
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe, RecipeResult
+from kvhive.inference.modes import Mode
+from kvhive.spec import knob
 
 _PIECE = 64  # tokens the floor reads at a time
 
@@ -28,39 +30,39 @@ class _Stream(Task):
     measures = (PERPLEXITY, TOKEN_ACCURACY)
     modes: ClassVar[tuple[Mode, ...]] = ("stream",)
 
-    tokens: int = knob(1024, "tokens of a segment")
-    block: int = knob(16, "tokens fed at a time")
-    skip: int = knob(256, "first tokens not scored")
+    tokens: int = knob(1024, "tokens of a segment", least=1)
+    block: int = knob(16, "tokens fed at a time", least=1)
+    skip: int = knob(256, "first tokens not scored", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.block >= 1 and 1 <= self.skip < self.tokens):
+        if self.skip >= self.tokens:
             raise ValueError(
-                f"{self.name}: block >= 1 and 1 <= skip < tokens must hold, got block="
-                f"{self.block}, skip={self.skip}, tokens={self.tokens}"
+                f"{self.name}: skip must be less than tokens, got skip={self.skip}, "
+                f"tokens={self.tokens}"
             )
 
-    def text(self, desk: TaskContext) -> str:
+    def text(self, context: TaskContext) -> str:
         """The text that is cut into segments."""
         raise TypeError(f"{type(self).__name__} has no text")
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """Segments side by side, from the beginning."""
-        ids = desk.ids(self.text(desk))
+        ids = context.ids(self.text(context))
         for start in range(0, len(ids) - self.tokens + 1, self.tokens):
             segment = ids[start : start + self.tokens]
             name = f"{self.name}-{start // self.tokens}"
             facts = {"length": self.tokens, "block": self.block}
             yield Item(name, segment, (), (Probe(()),), chat=False, facts=facts)
 
-    def run(self, asked: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
+    def run(self, tested: ModelUnderTest, item: Item, mode: Mode) -> list[RecipeResult]:
         """All recipes on one segment."""
-        return stream(asked, asked.frame.ids(item.prefix), self.block, self.skip)
+        return stream(tested, tested.chat.ids(item.prefix), self.block, self.skip)
 
-    def floor(self, asked: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
+    def floor(self, tested: ModelUnderTest, item: Item, mode: Mode) -> RecipeResult:
         """Without what came more than 64 tokens before."""
-        ids = asked.frame.ids(item.prefix)
-        return in_pieces(asked.only_full(), ids, _PIECE, self.skip)
+        ids = tested.chat.ids(item.prefix)
+        return in_pieces(tested.only_full(), ids, _PIECE, self.skip)
 
 
 @TASKS.register("wikitext")
@@ -70,9 +72,9 @@ class WikiText(_Stream):
 
     data: ClassVar = ("wikitext2",)
 
-    def text(self, desk: TaskContext) -> str:
+    def text(self, context: TaskContext) -> str:
         """The articles at hand, joined by their order in the split."""
-        records = sorted(desk.records("wikitext2"), key=lambda record: int(record["order"]))
+        records = sorted(context.records("wikitext2"), key=lambda record: int(record["order"]))
         return "".join(str(record["text"]) for record in records)
 
 
@@ -83,9 +85,9 @@ class Books(_Stream):
 
     data: ClassVar = ("books",)
 
-    def text(self, desk: TaskContext) -> str:
+    def text(self, context: TaskContext) -> str:
         """One book."""
-        return str(desk.records("books")[0]["text"])
+        return str(context.records("books")[0]["text"])
 
 
 @TASKS.register("wikitext_tail")
@@ -99,12 +101,12 @@ class WikiTextTail(Task):
     data: ClassVar = ("wikitext2",)
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
-    tokens: int = knob(1024, "tokens compressed")
-    scored: int = knob(128, "tokens scored after them")
+    tokens: int = knob(1024, "tokens compressed", least=1)
+    scored: int = knob(128, "tokens scored after them", least=1)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """Windows side by side."""
-        ids, size = desk.ids(WikiText().text(desk)), self.tokens + self.scored
+        ids, size = context.ids(WikiText().text(context)), self.tokens + self.scored
         for start in range(0, len(ids) - size + 1, size):
             cut = start + self.tokens
             # The first token of the tail leads on; the others are scored.

@@ -19,12 +19,13 @@ from kvhive.evaluation.measures import (
     STRICT_EXACT_MATCH,
     SUBSTRING,
 )
-from kvhive.evaluation.protocols import Mode
-from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.inference.modes import Mode
+from kvhive.spec import knob
 
-_TELL = (
+_INSTRUCTION = (
     "Write a high-quality answer for the given question using only the provided search results "
     "(some of which might be irrelevant).\n\n"
 )
@@ -45,9 +46,9 @@ def question_text(question: str) -> str:
     return f"\n\nQuestion: {question.rstrip('?')}?"
 
 
-def choice_probe(desk: TaskContext, record: Record, records: Sequence[Record]) -> Probe:
+def choice_probe(context: TaskContext, record: Record, records: Sequence[Record]) -> Probe:
     """Its own answer against nine answers of other questions, after the cue."""
-    rng = desk.random("choices", record["id"])
+    rng = context.random("choices", record["id"])
     own = {answer.lower() for answer in record["answers"]}
     others = {one["answers"][0] for one in records if one["id"] != record["id"]}
     wrong = rng.sample(sorted(one for one in others if one.lower() not in own), 9)
@@ -83,21 +84,21 @@ class _TenDocuments(Task):
 
     written: ClassVar[bool] = False
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """Question by question; each in all the places its gold document is at."""
-        files = [desk.records(name) for name in self.data]
+        files = [context.records(name) for name in self.data]
         for row, _ in enumerate(files[0]):
             for records in files:
                 record = records[row]
                 if self.written:
                     probe = written_probe(record)
                 else:
-                    probe = choice_probe(desk, record, records)
+                    probe = choice_probe(context, record, records)
                 place = record.get("gold_index")
                 facts = {} if place is None else {"gold_index": place}
-                context = _TELL + documents_text(record["ctxs"])
+                prefix = _INSTRUCTION + documents_text(record["ctxs"])
                 name = record["id"] if place is None else f"{record['id']}@{place}"
-                yield Item(name, context, _TELL, (probe,), cluster=record["id"], facts=facts)
+                yield Item(name, prefix, _INSTRUCTION, (probe,), cluster=record["id"], facts=facts)
 
 
 _NQ = tuple(f"qa10_nq/gold_at_{place}" for place in (0, 4, 9))
@@ -160,12 +161,7 @@ class SharedContext(Conversation):
     measures = (CENTRED_CHOICE, CHOICE, NLL)
     data: ClassVar = ("shared_context_nq",)
 
-    asked: int = knob(10, "questions asked of one context, 2 to 10")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.asked <= 10:
-            raise ValueError(f"shared_context: asked must lie in 2..10, got {self.asked}")
+    asked: int = knob(10, "questions asked of one context", least=2, most=10)
 
     @property
     def modes(self) -> tuple[Mode, ...]:  # type: ignore[override]
@@ -174,9 +170,9 @@ class SharedContext(Conversation):
         """
         return ("agnostic", "aware") if self.turns else ("agnostic",)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """One for every context."""
-        for record in desk.records("shared_context_nq"):
+        for record in context.records("shared_context_nq"):
             answers = [turn["answers"][0] for turn in record["turns"]]
             probes = tuple(
                 Probe(
@@ -190,4 +186,6 @@ class SharedContext(Conversation):
                 )
                 for place, turn in enumerate(record["turns"][: self.asked])
             )
-            yield Item(record["id"], _TELL + documents_text(record["ctxs"]), _TELL, probes)
+            yield Item(
+                record["id"], _INSTRUCTION + documents_text(record["ctxs"]), _INSTRUCTION, probes
+            )

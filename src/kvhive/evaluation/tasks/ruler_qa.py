@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from kvhive.evaluation.data.made_up import people
 from kvhive.evaluation.measures import CHOICE, F1, MARGIN, SUBSTRING
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
-_TELL = "Answer the question based on the given documents.\n\n"
+_INSTRUCTION = "Answer the question based on the given documents.\n\n"
 
 
 @TASKS.register("ruler_qa")
@@ -24,34 +25,34 @@ class RulerQa(Task):
 
     measures = (CHOICE, SUBSTRING, F1, MARGIN)
 
-    tokens: int = knob(1024, "length of the context")
+    tokens: int = knob(1024, "length of the context", least=1)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """New people every time."""
         number = 0
         while True:
-            rng = desk.random("ruler_qa", number)
+            rng = context.random("ruler_qa", number)
             crowd, passages, size = people(rng, 200), [], 0
             for one in crowd:
                 passages.append(f"Document: {one.passage(rng)}")
-                size += desk.count(passages[-1]) + 1
+                size += context.count(passages[-1]) + 1
                 if size >= self.tokens:
                     break
-            told = crowd[: len(passages)]
-            place = rng.randrange(len(told))
-            others = [one.town for one in told if one is not told[place]][:9]
-            towns = rng.sample([told[place].town, *others], 1 + len(others))
+            shown = crowd[: len(passages)]
+            place = rng.randrange(len(shown))
+            others = [one.town for one in shown if one is not shown[place]][:9]
+            towns = rng.sample([shown[place].town, *others], 1 + len(others))
             probe = Probe(
-                f"\n\nWhere was {told[place].name} born?",
-                cue=f"{told[place].name} was born in",
+                f"\n\nWhere was {shown[place].name} born?",
+                cue=f"{shown[place].name} was born in",
                 choices=tuple(f" {town}" for town in towns),
-                gold=towns.index(told[place].town),
-                references=(told[place].town,),
+                gold=towns.index(shown[place].town),
+                references=(shown[place].town,),
                 limit=16,
                 stop=("\n",),
-                history=f" {told[place].town}.",
+                history=f" {shown[place].town}.",
             )
-            context = _TELL + "\n\n".join(passages)
+            prefix = _INSTRUCTION + "\n\n".join(passages)
             facts = {"length": self.tokens}
-            yield Item(f"ruler_qa-{number}", context, _TELL, (probe,), facts=facts)
+            yield Item(f"ruler_qa-{number}", prefix, _INSTRUCTION, (probe,), facts=facts)
             number += 1

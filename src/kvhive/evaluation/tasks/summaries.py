@@ -15,9 +15,10 @@ from kvhive.evaluation.measures import (
     ROUGE_TO_FULL,
     SAME_AS_FULL,
 )
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class _Summary(Task):
     request: ClassVar[str]
     limit: ClassVar[int]
 
-    tokens: int = knob(1500, "most tokens of an article")
+    tokens: int = knob(1500, "most tokens of an article", least=1)
     write: bool = knob(True, "write a summary too; False: only score the reference")
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """One for every article."""
-        for record in desk.records(self.data[0]):
-            article = desk.cut(record["article"], self.tokens)
+        for record in context.records(self.data[0]):
+            article = context.cut(record["article"], self.tokens)
             probe = Probe(
                 f"\n\n{self.request}",
                 target=record["summary"],

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import EXACT, REFERENCE_NLL, TOKEN_ACCURACY, Measure, Values
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
-from kvhive.evaluation.types import Answers, Item, Probe
+from kvhive.evaluation.types import Item, MeasureInput, Probe
+from kvhive.spec import knob
 
 
 def _only(part: str, measure: Measure) -> Measure:
     """The measure, on probes of one part."""
 
-    def values(answers: Answers) -> Values:
-        pairs = zip(answers.probes, measure.values(answers), strict=True)
+    def values(given: MeasureInput) -> Values:
+        pairs = zip(given.probes, measure.values(given), strict=True)
         return [value if probe.facts["part"] == part else None for probe, value in pairs]
 
     return Measure(f"{part}_{measure.name}", values, measure.unit, measure.lower_is_better)
@@ -37,14 +38,14 @@ class SummaryNeedle(Conversation):
     )
     data: ClassVar = ("xsum",)
 
-    tokens: int = knob(1000, "most tokens of an article")
+    tokens: int = knob(1000, "most tokens of an article", least=1)
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """One for every article; the needle is a sentence somewhere in it."""
-        for record in desk.records("xsum"):
-            rng = desk.random("summary_needle", record["id"])
+        for record in context.records("xsum"):
+            rng = context.random("summary_needle", record["id"])
             code = str(rng.randrange(10_000, 100_000))
-            lines = desk.cut(record["article"], self.tokens).split(". ")
+            lines = context.cut(record["article"], self.tokens).split(". ")
             lines.insert(rng.randint(0, len(lines)), f"The code of the blue box is {code}")
             probes = (
                 Probe(

@@ -10,11 +10,12 @@ from string import ascii_uppercase
 from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, SHARE_FOUND
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
-_TELL = "Memorise the chains of variable assignment hidden in the following text.\n\n"
+_INSTRUCTION = "Memorise the chains of variable assignment hidden in the following text.\n\n"
 
 
 @TASKS.register("vt")
@@ -29,10 +30,10 @@ class VariableTracing(Conversation):
     measures = (SHARE_FOUND, CHOICE)
     data: ClassVar = ("books",)
 
-    tokens: int = knob(1024, "length of the context")
+    tokens: int = knob(1024, "length of the context", least=1)
     hops: int = knob(1, "assignments after the first of a chain", least=0, most=50)
-    chains: int = knob(2, "chains in the text", most=50)
-    asked: int = knob(1, "chains asked of one context")
+    chains: int = knob(2, "chains in the text", least=1, most=50)
+    asked: int = knob(1, "chains asked of one context", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,11 +42,11 @@ class VariableTracing(Conversation):
                 f"vt: asked must be at most chains, got asked={self.asked}, chains={self.chains}"
             )
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """New names and values every time."""
         number = 0
         while True:
-            rng = desk.random("vt", number)
+            rng = context.random("vt", number)
             names = _names(rng, self.chains * (self.hops + 1))
             values = [str(value) for value in rng.sample(range(10_000, 100_000), self.chains)]
             chains = [names[place :: self.chains] for place in range(self.chains)]
@@ -59,9 +60,9 @@ class VariableTracing(Conversation):
             probes = tuple(
                 _probe(chains[place], values[place], lasts, place) for place in range(self.asked)
             )
-            hay = desk.haystack(rng, self.tokens, needles)
+            hay = context.haystack(rng, self.tokens, needles)
             facts = {"length": self.tokens, "hops": self.hops}
-            yield Item(f"vt-{number}", _TELL + hay, _TELL, probes, facts=facts)
+            yield Item(f"vt-{number}", _INSTRUCTION + hay, _INSTRUCTION, probes, facts=facts)
             number += 1
 
 

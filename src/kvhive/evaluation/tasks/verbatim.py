@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import NLL, TOKEN_ACCURACY
-from kvhive.evaluation.protocols import Mode
-from kvhive.evaluation.tasks.base import TASKS, Task, knob
+from kvhive.evaluation.tasks.base import TASKS, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.inference.modes import Mode
+from kvhive.spec import knob
 
 
 @TASKS.register("verbatim")
@@ -20,16 +21,16 @@ class Verbatim(Task):
 
     The cheapest probe of what a cache still holds: 32 graded answers a cue, several cues a prompt,
     and no skill needed but copying. Mode "agnostic" only: with the cue in the prompt, policies that
-    watch its end would be told where to look.
+    watch its end would know where to look.
     """
 
     measures = (TOKEN_ACCURACY, NLL)
     data: ClassVar = ("books",)
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
-    tokens: int = knob(1024, "tokens of the book")
-    cue: int = knob(16, "tokens copied to say where")
-    answer: int = knob(32, "tokens scored")
+    tokens: int = knob(1024, "tokens of the book", least=1)
+    cue: int = knob(16, "tokens copied to say where", least=1)
+    answer: int = knob(32, "tokens scored", least=1)
     depths: tuple[float, ...] = knob(
         (0.1, 0.3, 0.5, 0.7, 0.9), "where the cues lie", least=0, most=1
     )
@@ -42,12 +43,12 @@ class Verbatim(Task):
                 f"cue={self.cue}, answer={self.answer}"
             )
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """A new passage every time."""
-        break_ids = desk.ids("\n\n")
+        break_ids = context.ids("\n\n")
         number = 0
         while True:
-            passage = desk.book(desk.random("verbatim", number), self.tokens)
+            passage = context.book(context.random("verbatim", number), self.tokens)
             probes = []
             for depth in self.depths:
                 start = round(depth * (self.tokens - self.cue - self.answer))

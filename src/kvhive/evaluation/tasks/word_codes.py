@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Conversation, knob
+from kvhive.evaluation.tasks.base import TASKS, Conversation
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
+from kvhive.spec import knob
 
-_TELL = "Memorise the code of every word below. A code will be asked later.\n\n"
+_INSTRUCTION = "Memorise the code of every word below. A code will be asked later.\n\n"
 
 
 @TASKS.register("word_codes")
@@ -27,36 +28,36 @@ class WordCodes(Conversation):
     measures = (CHOICE, EXACT, TOKEN_ACCURACY, MARGIN)
     data: ClassVar = ("books",)
 
-    pairs: int = knob(16, "words with codes")
-    asked: int = knob(8, "words asked of one context")
+    pairs: int = knob(16, "words with codes", least=1, most=200)
+    asked: int = knob(8, "words asked of one context", least=1)
     tokens: int = knob(1024, "length of the context; 0: the list alone", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.asked <= self.pairs <= 200:
+        if self.asked > self.pairs:
             raise ValueError(
-                f"word_codes: 1 <= asked <= pairs <= 200 must hold, got asked={self.asked}, "
+                f"word_codes: asked must be at most pairs, got asked={self.asked}, "
                 f"pairs={self.pairs}"
             )
 
-    def items(self, desk: TaskContext) -> Iterator[Item]:
+    def items(self, context: TaskContext) -> Iterator[Item]:
         """New words and codes every time."""
         number = 0
         while True:
-            rng = desk.random("word_codes", number)
+            rng = context.random("word_codes", number)
             words = rng.sample(NOUNS, self.pairs)
             codes = tuple(str(code) for code in rng.sample(range(1000, 10_000), self.pairs))
             lines = [
                 f"The code of {word} is {code}." for word, code in zip(words, codes, strict=True)
             ]
             if self.tokens:
-                body = desk.haystack(rng, self.tokens, [(rng.random(), line) for line in lines])
+                body = context.haystack(rng, self.tokens, [(rng.random(), line) for line in lines])
             else:
                 body = "\n".join(lines)
             asked = rng.sample(range(self.pairs), self.asked)
             probes = tuple(_probe(words[place], codes, place) for place in asked)
             facts = {"pairs": self.pairs, "length": self.tokens}
-            yield Item(f"codes-{number}", _TELL + body, _TELL, probes, facts=facts)
+            yield Item(f"codes-{number}", _INSTRUCTION + body, _INSTRUCTION, probes, facts=facts)
             number += 1
 
 

@@ -1,4 +1,4 @@
-"""Facts of a method in words, for tables."""
+"""What a policy needs of attention, in words, for tables."""
 
 from __future__ import annotations
 

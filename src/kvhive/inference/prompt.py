@@ -1,0 +1,88 @@
+"""A document and questions as token ids, cut where the question begins.
+
+The document comes first and the question last, in one user turn: what a cache keeps of the document
+can then be decided before any question is known. The two parts are tokenised apart, so that the cut
+is the same for every question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from kvhive.inference.chat import ChatFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_QUESTION = "Summarise this document in three sentences."
+_GAP = "\n\n"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of `[head | document | question]`; head is what the chat form writes first.
+
+    prefix: ids of head and document. head: how many of them come before the document. spans: for
+    each document token, the characters `(start, end)` of the document it stands for. questions: ids
+    of each question with the end of its turn. chat: False when the model has no chat template, so
+    that the plain form "Question: ... Answer:" is used.
+    """
+
+    prefix: tuple[int, ...]
+    head: int
+    spans: tuple[tuple[int, int], ...]
+    questions: tuple[tuple[int, ...], ...]
+    chat: bool
+
+    @classmethod
+    def build(
+        cls, tokenizer: PreTrainedTokenizerBase, document: str, questions: list[str]
+    ) -> Prompt:
+        """Words in the document that look like special tokens are read as ordinary text.
+
+        Raises `ValueError` for a blank document or question, and for a chat template that does not
+        show the user's words.
+        """
+        if not document.strip():
+            raise ValueError("the document is empty: there is no text to ask about")
+        if any(not question.strip() for question in questions):
+            raise ValueError("a question is empty; ask something, or leave the question out")
+        chat = ChatFormat.of(tokenizer)
+        head, end = chat.ids(chat.head), chat.ids(chat.answer)
+        body, spans = _document_ids(chat, document)
+        form = "{}" if tokenizer.chat_template else "Question: {}"
+        closed = tuple(
+            (*chat.ids(form.format(question.strip()), plain=True), *end) for question in questions
+        )
+        return cls((*head, *body), len(head), spans, closed, bool(tokenizer.chat_template))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the document with the longest question."""
+        return len(self.prefix) + max((len(question) for question in self.questions), default=0)
+
+
+def _document_ids(
+    chat: ChatFormat, document: str
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Ids of the document and the gap after it, and the document's characters of each."""
+    text, end = document + _GAP, len(document)
+    if chat.tokenizer.is_fast:
+        encoded = chat.encoded(text, plain=True, return_offsets_mapping=True)
+        ids, spans = tuple(encoded.input_ids), encoded.offset_mapping
+    else:
+        ids = chat.ids(text, plain=True)
+        spans = _spans_by_length(chat.tokenizer, ids)
+    return ids, tuple((min(first, end), min(last, end)) for first, last in spans)
+
+
+def _spans_by_length(
+    tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """Spans for a tokenizer that does not give them: from the length of each token's text."""
+    ends = [0]
+    for token in ids:
+        ends.append(ends[-1] + len(str(tokenizer.decode([token]))))
+    return list(pairwise(ends))
