@@ -55,7 +55,7 @@ def _weights_of_one(query: Tensor, keys: Tensor, ask: Ask) -> Tensor:
     batch, heads, _, width = query.shape
     kv_heads = keys.shape[1]
     dtype = wide(keys.dtype)
-    grouped = query.view(batch * kv_heads, heads // kv_heads, width).to(dtype) * ask.scale
+    grouped = query.reshape(batch * kv_heads, heads // kv_heads, width).to(dtype) * ask.scale
     logits = torch.bmm(grouped, keys.flatten(0, 1).to(dtype).transpose(1, 2))
     if ask.valid is None:
         return logits.softmax(-1)

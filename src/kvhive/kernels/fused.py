@@ -42,7 +42,7 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> Tensor:
             query, keys, values, scale=ask.scale, enable_gqa=grouped
         )
     else:
-        rows = query.view(batch, kv_heads, heads // kv_heads, width)
+        rows = query.reshape(batch, kv_heads, heads // kv_heads, width)
         mask = ask.valid[:, :, None]
         out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=ask.scale)
         out = out.view(batch, heads, 1, values.shape[-1])
