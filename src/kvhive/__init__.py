@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvhive.budget import Budget
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.cache.report import Report
+    from kvhive.calibration import Profile
     from kvhive.model.loading import load
     from kvhive.policies import POLICIES, Policy
     from kvhive.recipe import Recipe
@@ -23,11 +24,12 @@ _HOME = {
     "HiveCache": "cache.hive_cache",
     "POLICIES": "policies",
     "Policy": "policies",
+    "Profile": "calibration",
     "Recipe": "recipe",
     "Report": "cache.report",
     "load": "model.loading",
 }
-__all__ = ["POLICIES", "Budget", "HiveCache", "Policy", "Recipe", "Report", "load"]
+__all__ = ["POLICIES", "Budget", "HiveCache", "Policy", "Profile", "Recipe", "Report", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,16 +50,14 @@ class Policy(Spec):
     Class facts: `source` (paper), `positions` (the rotary rule of the method), `cost` (one line:
     time and extra memory), `granularity` (who must agree on what stays: nobody beyond the KV
     "head", the heads of a "layer", or all layers of the "model", for which `choose_all` decides and
-    the budget bounds the mean over all heads), `even` (whether lengths alone decide how many stay),
-    `merges` (whether what is dropped is folded into what stays), `ties` (who wins among equal
-    scores).
+    the budget bounds the mean over all heads), `merges` (whether what is dropped is folded into what
+    stays), `ties` (who wins among equal scores).
     """
 
     source: ClassVar[str]
     cost: ClassVar[str]
     positions: ClassVar[Positions] = "original"
     granularity: ClassVar[Literal["head", "layer", "model"]] = "head"
-    even: ClassVar[bool] = True
     ties: ClassVar[Literal["older", "newer"]] = "older"
 
     @property

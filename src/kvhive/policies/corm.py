@@ -39,7 +39,6 @@ class Corm(Policy):
 
     source: ClassVar[str] = "arXiv:2404.15949"
     cost: ClassVar[str] = "the last 256 rows of a prompt, then each row; 32 bytes a slot"
-    even: ClassVar[bool] = False
 
     history: int | None = knob(
         None,

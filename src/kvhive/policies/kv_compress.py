@@ -39,7 +39,6 @@ class KVCompress(Policy):
         "last 32 rows of a prompt, then each row; a sort over all layers; 4 bytes a slot"
     )
     granularity: ClassVar[Literal["head", "layer", "model"]] = "model"
-    even: ClassVar[bool] = False
 
     observed: int = knob(32, "last queries of a prompt that vote", least=1)
     protected_window: int = knob(

@@ -32,7 +32,6 @@ class ScissorhandsPercentile(Policy):
 
     source: ClassVar[str] = "arXiv:2305.17118"
     cost: ClassVar[str] = "walks a prompt query by query; 4 bytes a slot"
-    even: ClassVar[bool] = False
 
     history: int = knob(100, "queries remembered", least=1)
     recent: int = knob(10, "newest tokens kept", least=0)
