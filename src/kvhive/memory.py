@@ -29,22 +29,20 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.frombuffer(pages, dtype=dtype, count=number).view(shape)
 
 
-def take(tensor: Tensor, index: Tensor, room: int) -> Tensor:
-    """Gather slots: `[b, K, n, *rest]` at index int64 `[b, K, k]` -> `[b, K, room, *rest]`.
+def take(tensor: Tensor, rows: Tensor, kept: int, room: int) -> Tensor:
+    """Gather `kept` slots of each head: `[b, K, n, *rest]` -> `[b, K, room, *rest]`.
 
-    Slots k..room-1 are zeroed room to grow. Where there were as many slots before, they are written
-    in place: fresh pages would cost more than all the copying. Whole rows are copied
-    (`index_select` on the flattened tensor), several times faster on CPU than an element-wise
-    `gather`.
+    rows: int64 `[b * K * kept]`, their places when all slots lie one after the other. What is left
+    of the room is zeroed. Where there were as many slots before, they are written in place: fresh
+    pages would cost more than all the copying. Whole rows are copied (`index_select` on the
+    flattened tensor), several times faster on CPU than an element-wise `gather`.
     """
     batch, heads, n, *rest = tensor.shape
-    kept = index.shape[-1]
-    base = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * n
-    rows = tensor.reshape(batch * heads * n, *rest).index_select(0, (index + base).flatten())
-    rows = rows.view(batch, heads, kept, *rest)
+    held = tensor.reshape(batch * heads * n, *rest).index_select(0, rows)
+    held = held.view(batch, heads, kept, *rest)
     if n != room:
-        return widen(rows, kept, room)
-    tensor[:, :, :kept] = rows
+        return widen(held, kept, room)
+    tensor[:, :, :kept] = held
     tensor[:, :, kept:] = 0
     return tensor
 

@@ -33,6 +33,7 @@ class Plan:
     into: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counters: Mapping[str, Tensor] = field(default_factory=dict)
+    _rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def keeping(
@@ -57,6 +58,16 @@ class Plan:
     def holes(self) -> bool:
         """Whether any head keeps fewer than the longest."""
         return int(self.tally.min()) < self.longest
+
+    def rows(self, room: int) -> Tensor:
+        """int64 `[b * K * longest]`: `index` where all slots of all heads, `room` of each, lie one
+        after the other.
+        """
+        if room not in self._rows:
+            batch, heads = self.index.shape[:2]
+            first = torch.arange(batch * heads, device=self.index.device) * room
+            self._rows[room] = (self.index + first.view(batch, heads, 1)).flatten()
+        return self._rows[room]
 
     @property
     def empty(self) -> Tensor | None:

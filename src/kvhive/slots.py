@@ -179,12 +179,12 @@ class Slots:
     def compact(self, plan: Plan, room: int) -> None:
         """Keep the slots that the plan names, drop all others."""
         self._write_positions()
-        position = take(self._position, plan.index, room)
+        position = self._take(self._position, plan, room)
         if (empty := plan.empty) is not None:
             position[:, :, : plan.longest].masked_fill_(empty, EMPTY)
         self._position = position
         self._columns = {
-            name: take(column, plan.index, room) for name, column in self._columns.items()
+            name: self._take(column, plan, room) for name, column in self._columns.items()
         }
         self.length = self._written = plan.longest
         self._room, self.holes, self.gaps = room, plan.holes, False
@@ -220,6 +220,10 @@ class Slots:
         held = [self._position, *self._columns.values(), *self.counters.values()]
         held += [*self.state.values(), self._tally]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
+
+    @staticmethod
+    def _take(tensor: Tensor, plan: Plan, room: int) -> Tensor:
+        return take(tensor, plan.rows(tensor.shape[2]), plan.longest, room)
 
     def _append_rows(self, step: Step, first: int) -> None:
         """Write down the positions of a step in which rows differ."""

@@ -87,11 +87,11 @@ class Eviction:
         self.forget()
         if slots.holes:
             slots.recount()
-        given = self.limits.of(self.layer)
-        if given is None:
+        if self.limits.all is None:
             return None
-        limits = self.limits.lowered(self.layer, given.expand_as(slots.tally), spare)
-        target = self.limits.target(self.layer, limits) if decoding else limits
+        limits = target = self.limits.lowered(self.layer, spare).expand_as(slots.tally)
+        if decoding:
+            target = self.limits.target(self.layer).expand_as(slots.tally)
         if self.limits.allocation.compete == "none":
             return cut(self.policy, slots, held, limits, target)
         if not bool((slots.tally.sum(-1) > limits.sum(-1)).any()):
@@ -162,16 +162,12 @@ def _limits_together(
     evictions: Sequence[Eviction], slots: Sequence[Slots], decoding: bool, spare: int
 ) -> tuple[Tensor, Tensor]:
     """Limits and targets of all layers, int64 `[layers, b, K]` on the CPU."""
-    shared = evictions[0].limits
-    assert shared.all is not None
-    rows = [
-        shared.lowered(place, shared.all[place].expand_as(one.tally), spare)
-        for place, one in enumerate(slots)
-    ]
-    limits = torch.stack(rows)
-    if not decoding:
-        return limits, limits
-    return limits, torch.stack([shared.target(place, row) for place, row in enumerate(rows)])
+    shared, size = evictions[0].limits, slots[0].tally.shape
+    limits = [shared.lowered(place, spare).expand(size) for place in range(len(slots))]
+    target = limits
+    if decoding:
+        target = [shared.target(place).expand(size) for place in range(len(slots))]
+    return torch.stack(limits), torch.stack(target)
 
 
 def _excess(slots: Sequence[Slots], limits: Tensor, target: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Limits:
         """Nothing is limited until `follow`."""
         self.all: Tensor | None = None  # int64 [layers, rows or 1, K], on the CPU
         self.version = 0  # changes whenever `all` does
+        self._targets: dict[int, tuple[int, Tensor]] = {}  # of each layer, and their version
         self._prompted = False
         self._seen: list[int] = []
 
@@ -70,20 +71,33 @@ class Limits:
         """int64 `[rows or 1, K]` on the CPU; None while nothing is limited."""
         return None if self.all is None else self.all[layer]
 
-    def target(self, layer: int, limits: Tensor) -> Tensor:
-        """What decoding cuts a layer down to: each row frees by its own least limit, so that it
-        does as it does alone. limits: int64 `[b, K]` on the CPU.
+    def target(self, layer: int) -> Tensor:
+        """What decoding cuts a layer down to, int64 `[rows or 1, K]` on the CPU: each row frees by
+        its own least limit, so that it does as it does alone.
         """
-        sizing, least = self.sizings[layer], limits.amin(-1, keepdim=True)
+        version, target = self._targets.get(layer, (-1, None))
+        if target is None or version != self.version:
+            target = self._target(layer)
+            self._targets[layer] = self.version, target
+        return target
+
+    def _target(self, layer: int) -> Tensor:
+        limits, sizing = self.of(layer), self.sizings[layer]
+        assert limits is not None
+        least = limits.amin(-1, keepdim=True)
         slack = torch.full_like(least, self._slack or 0)
         if self._slack is None:
             slack = torch.tensor([[sizing.slack(row)] for row in least.flatten().tolist()])
         return torch.minimum(limits, (limits - slack).clamp_min(sizing.least))
 
-    def lowered(self, layer: int, limits: Tensor, spare: int) -> Tensor:
-        """Limits for `spare` more tokens to fit; what the policy always keeps stays."""
+    def lowered(self, layer: int, spare: int) -> Tensor:
+        """Limits for `spare` more tokens to fit, as `of`; what the policy always keeps stays."""
+        limits = self.of(layer)
+        assert limits is not None
+        if not spare:
+            return limits
         least = (limits - spare).clamp_min(self.sizings[layer].least - 1)
-        return torch.minimum(limits, least) if spare else limits
+        return torch.minimum(limits, least)
 
     def select_rows(self, rows: Tensor) -> None:
         """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""

@@ -50,8 +50,8 @@ class Policy(Spec):
     Class facts: `source` (paper), `positions` (the rotary rule of the method), `cost` (one line:
     time and extra memory), `granularity` (who must agree on what stays: nobody beyond the KV
     "head", the heads of a "layer", or all layers of the "model", for which `choose_all` decides and
-    the budget bounds the mean over all heads), `merges` (whether what is dropped is folded into what
-    stays), `ties` (who wins among equal scores).
+    the budget bounds the mean over all heads), `merges` (whether what is dropped is folded into
+    what stays), `ties` (who wins among equal scores).
     """
 
     source: ClassVar[str]

@@ -72,8 +72,9 @@ class DenseStore(Store):
         """Fold by plain means, then gather."""
         if plan.into is not None:
             self._keys, self._values = fold(self.keys, plan.into), fold(self.values, plan.into)
-        self._keys = take(self._keys, plan.index, room)
-        self._values = take(self._values, plan.index, room)
+        rows = plan.rows(self.room)
+        self._keys = take(self._keys, rows, plan.longest, room)
+        self._values = take(self._values, rows, plan.longest, room)
         self.length = plan.longest
 
     def take_keys(self, slots: Tensor) -> Tensor:
