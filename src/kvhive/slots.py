@@ -11,7 +11,7 @@ Nothing here asks the device for a number but `recount` and `truncate` in a padd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ class Slots:
         self.holes = False  # whether any of the slots in use may be empty
         self.gaps = False  # whether empty slots may lie behind tokens, instead of in front
         self.last: int | None = None  # position of the last token seen, where all rows agree
+        self.before_reading: Callable[[], None] | None = None  # called before a column is looked at
         self._room = 0  # slots to make room for
         self._written = 0  # leading slots whose position is written down
         self._position = torch.empty(batch, heads, 0, dtype=torch.int16, device=device)
@@ -143,6 +144,8 @@ class Slots:
 
     def __getitem__(self, column: str) -> Tensor:
         """The column's slots in use, a view `[b, K, n, *shape]` that may be written in place."""
+        if self.before_reading is not None:
+            self.before_reading()
         return self._columns[column][:, :, : self.length]
 
     def reshape(self, column: str, shape: tuple[int, ...]) -> None:

@@ -46,6 +46,17 @@ def test_modes_may_change_between_steps(
     cache.fork()  # nothing held hangs on a graph
 
 
+@pytest.mark.parametrize("recipe", ["full", "streaming_llm@40", "snapkv@40"])
+def test_autocast_may_leave_keys_and_values_of_two_dtypes(recipe: str) -> None:
+    """Rotary embeddings return float32 there."""
+    model = tiny_llama()
+    plain, mixed = (HiveCache.for_model(model, recipe) for _ in range(2))
+    expected = read(model, plain, random_ids(1, 70), 60)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = read(model, mixed, random_ids(1, 70), 60)
+    assert divergence(given.float()[:, :60], expected[:, :60]) < 0.05
+
+
 def test_autocast_leaves_scores_in_full_precision() -> None:
     """Projections run in bfloat16; logits, votes and softmax do not."""
     model = tiny_llama()

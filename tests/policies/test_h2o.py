@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvhive.kernels import Needs
+from kvhive.kernels import TOGETHER, Needs
 from kvhive.policies.h2o import H2O
 
 from ..conformance.playing import Player, make_layer
@@ -117,7 +117,7 @@ def test_room_can_be_made_for_any_turn(turn: int) -> None:
 
 
 def test_it_asks_for_column_sums_only() -> None:
-    """And refuses a negative window."""
-    assert H2O().needs == Needs(columns="sum")
+    """Which may come for several decoded tokens at once; and refuses a negative window."""
+    assert H2O().needs == Needs(columns="sum", together=TOGETHER)
     with pytest.raises(ValueError, match="recent must be at least 0, got -1"):
         H2O(recent=-1)

@@ -27,6 +27,8 @@ from kvhive.slots import Slots
 from kvhive.step import Phase, Step, in_order
 from kvhive.stores import LayerFacts, Store, StoreKind
 
+FEW = 64  # slots held for each query that waits for its vote
+
 
 class HiveLayer(CacheLayerMixin):
     """Keys, values and slots of one attention layer, kept within the policy's limits.
@@ -71,6 +73,7 @@ class HiveLayer(CacheLayerMixin):
         self._token_bytes = width * key_states.element_size()
         columns = {**self.policy.columns, **self.turning.columns}
         self.slots = Slots(batch, heads, columns, self.policy.counters, self.device)
+        self.slots.before_reading = self._hear
         self.is_initialized = True
 
     def reset(self) -> None:
@@ -85,6 +88,7 @@ class HiveLayer(CacheLayerMixin):
         self.appended = 0  # tokens added since the last eviction: what `crop` can take back
         self.pending: list[Pending] = []  # steps that `crop` may still take back
         self._waiting: tuple[Tensor, Tensor] | None = None  # handed in, not attended yet
+        self._unheard: list[Tensor] = []  # queries `[b, H, 1, d]` of the newest slots, yet to vote
         self._scale = 1.0
         self._growing = 1  # tokens that the next step may bring, as the last one did
         self.turning.reset()
@@ -147,13 +151,18 @@ class HiveLayer(CacheLayerMixin):
         if step.order is not None:
             query, keys, values = (in_order(part, step.order) for part in (query, keys, values))
         self._growing = step.fresh if self.store.length else 1
+        recording, later = self.progress.recording, self._may_vote_later(step)
+        if not later:
+            self._hear()
         self._append(keys, values, step)
-        recording = self.progress.recording
-        needs = NOTHING if recording else self.policy.needs
+        needs = NOTHING if recording or later else self.policy.needs
         out, seen = self.store.attend(query, self._ask(step, scale, needs))
         if recording:
             votes = query if self.policy.needs.votes else None
             self.pending.append(Pending.of(step, scale, votes, keys, values))
+        elif later:
+            self._let_wait(query, seen)
+            self._fit(step)
         else:
             self._conclude(step, seen)
         self.progress.finish()
@@ -171,6 +180,7 @@ class HiveLayer(CacheLayerMixin):
         if not self.slots.length:
             self.lazy_initialization(keys, values)
         step = self.progress.begin(self.place, keys, phase=phase)
+        self._hear()
         self._append(keys, values, step)
         self._conclude(step, seen)
         self.progress.finish()
@@ -183,6 +193,7 @@ class HiveLayer(CacheLayerMixin):
         """A drafted token that was accepted: what decoding it would have left."""
         assert pending.keys is not None and pending.values is not None
         step = self.progress.begin(self.place, pending.keys, pending.step.real, phase="decode")
+        self._hear()
         self._append(pending.keys, pending.values, step)
         self._conclude(step, self._reported(replace(pending, step=step)))
         self.progress.finish()
@@ -215,6 +226,10 @@ class HiveLayer(CacheLayerMixin):
         if seen.queries is not None:
             seen = replace(seen, rotation=self.written)
         self.policy.observe(self.slots, seen)
+        self._fit(step)
+
+    def _fit(self, step: Step) -> None:
+        """Evict, where a step has brought too much."""
         if step.phase != "decode":
             self.eviction.forget()
             self._close_gaps()
@@ -223,6 +238,35 @@ class HiveLayer(CacheLayerMixin):
         elif self.eviction.due(self.slots, step.fresh):
             self.evict(decoding=step.phase == "decode")
 
+    # ---- votes that wait ------------------------------------------------------------------------
+
+    def _may_vote_later(self, step: Step) -> bool:
+        """Whether what attention gave in this step can be worked out together with later steps."""
+        singly = step.phase == "decode" and step.real is None
+        return singly and not self.progress.recording and self._patience > 1
+
+    @property
+    def _patience(self) -> int:
+        """Queries that may wait: few beside what is held."""
+        return min(self.policy.needs.together, self.slots.length // FEW)
+
+    def _let_wait(self, query: Tensor, seen: Observed) -> None:
+        self._scale = seen.scale
+        self._unheard.append(query.detach())
+        if len(self._unheard) >= self._patience:
+            self._hear()
+
+    @plain
+    def _hear(self) -> None:
+        """Let the queries vote that have waited; nothing they saw has gone since."""
+        if not self._unheard:
+            return
+        query, self._unheard = torch.cat(self._unheard, 2), []
+        count = query.shape[2]
+        step = Step.plain(self.progress.seen - count, count, "decode")
+        ask = self._ask(step, self._scale, self.policy.needs)
+        self.policy.observe(self.slots, self.store.report(query, ask))
+
     # ---- eviction -------------------------------------------------------------------------------
 
     def evict(self, decoding: bool, spare: int = 0) -> None:
@@ -230,6 +274,7 @@ class HiveLayer(CacheLayerMixin):
 
         Where layers compete, the last of them evicts for all.
         """
+        self._hear()
         if not self.eviction.together:
             self._close_gaps()
             self.follow(self.eviction.plan(self.slots, self.held(), decoding, spare))
@@ -328,6 +373,7 @@ class HiveLayer(CacheLayerMixin):
     @plain
     def truncate(self, tokens: int) -> None:
         """Forget the newest tokens (`speculation.crop` says when that is allowed)."""
+        self._hear()
         length = self.slots.length - tokens
         self.slots.truncate(length)
         self.store.truncate(length)
@@ -339,6 +385,7 @@ class HiveLayer(CacheLayerMixin):
         """Row i continues what row `beam_idx[i]` was (int64 `[new batch]`)."""
         if not self.slots.length:
             return
+        self._hear()
         rows = beam_idx.to(self.device)
         self.turning.select_rows(self.slots, rows)
         self.store.select_rows(rows)
@@ -373,6 +420,7 @@ class HiveLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of every tensor this layer holds."""
         held = self.store.nbytes + self.slots.nbytes + self.turning.nbytes
+        held += sum(query.untyped_storage().nbytes() for query in self._unheard)
         return held + sum(pending.nbytes for pending in self.pending)
 
     @property

@@ -2,7 +2,7 @@
 `contracts` for the terms and `reference` for what they mean.
 """
 
-from kvhive.kernels.contracts import NOTHING, Ask, Held, Needs, Observed, Rows
+from kvhive.kernels.contracts import NOTHING, TOGETHER, Ask, Held, Needs, Observed, Rows
 from kvhive.kernels.dispatch import attend, report
 
-__all__ = ["NOTHING", "Ask", "Held", "Needs", "Observed", "Rows", "attend", "report"]
+__all__ = ["NOTHING", "TOGETHER", "Ask", "Held", "Needs", "Observed", "Rows", "attend", "report"]

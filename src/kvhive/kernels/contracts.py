@@ -28,6 +28,9 @@ class Needs:
     decay: weight of the step's queries in the columns: the last counts 1, each one before it
     `decay` times the next.
     last_rows: how many of the step's last queries report their whole row of probabilities.
+    together: how many decoded queries may wait and report at once, at the latest before something
+    goes: more than one where the policy takes several as it takes one after the other. Attention
+    then need not report at every token.
     queries: whether the step's queries are wanted (methods that model the queries to come).
     keys: whether all keys held are wanted with every step.
     score_keys, score_values: whether keys or values are read where something must go (`Held`).
@@ -37,6 +40,7 @@ class Needs:
     fold: bool = True
     decay: float = 1.0
     last_rows: int = 0
+    together: int = 1
     queries: bool = False
     keys: bool = False
     score_keys: bool = False
@@ -54,6 +58,7 @@ class Needs:
 
 
 NOTHING = Needs()
+TOGETHER = 16  # enough for the cost of a report to vanish among that many steps
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
     rows: Rows | None = None
     singly = query.shape[2] == 1
     asked = ask.needs.attention if singly else ask.needs.columns is not None
-    if not asked and fused.fits(query, keys, ask):
+    if not asked and fused.fits(query, keys, values, ask):
         out = fused.attend(query, keys, values, ask)
     elif singly:
         out, columns, rows = chunked.decode(query, keys, values, ask)

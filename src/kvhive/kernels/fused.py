@@ -13,9 +13,11 @@ FEW = 640  # slots: above, CPUs without 16-bit tiles are faster with two float32
 TILES = torch.cpu._is_amx_tile_supported()
 
 
-def fits(query: Tensor, keys: Tensor, ask: Ask) -> bool:
+def fits(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool:
     """Whether torch's kernel serves this step: with little memory, and fast."""
     q, n = query.shape[2], keys.shape[2]
+    if values.dtype != keys.dtype:  # autocast may leave them so
+        return False
     if q == 1:
         return n <= FEW or TILES or keys.device.type != "cpu" or keys.dtype == torch.float32
     if q == n or ask.valid is not None:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
+from kvhive.kernels import TOGETHER, Needs, Observed
 from kvhive.policies._parts.cascade import insert
 from kvhive.policies._parts.selection import new_tokens
 from kvhive.policies.base import POLICIES, Choice, Policy, Positions
@@ -69,8 +69,11 @@ class Cascading(Policy):
 
     @property
     def needs(self) -> Needs:
-        """Column sums of each query head, later queries weighing more."""
-        return Needs(columns="sum", fold=False, decay=self.beta)
+        """Column sums of each query head, later queries weighing more. Only means of a group may be
+        taken of several queries at once.
+        """
+        together = TOGETHER if self.reduce == "mean" else 1
+        return Needs(columns="sum", fold=False, decay=self.beta, together=together)
 
     @property
     def columns(self) -> Mapping[str, Column]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvhive.kernels import Held, Needs, Observed
+from kvhive.kernels import TOGETHER, Held, Needs, Observed
 from kvhive.policies._parts.selection import recent
 from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
@@ -36,7 +36,7 @@ class H2O(Policy):
     @property
     def needs(self) -> Needs:
         """Column sums of every step."""
-        return Needs(columns="sum")
+        return Needs(columns="sum", together=TOGETHER)
 
     @property
     def columns(self) -> Mapping[str, Column]:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
+from kvhive.kernels import TOGETHER, Needs, Observed
 from kvhive.policies._parts import votes
 from kvhive.policies._parts.selection import keep_top, recent
 from kvhive.policies.base import POLICIES, Policy
@@ -51,7 +51,7 @@ class Scissorhands(Policy):
     @property
     def needs(self) -> Needs:
         """The rows of the last `history` queries."""
-        return Needs(last_rows=self._ring)
+        return Needs(last_rows=self._ring, together=min(TOGETHER, self._ring))
 
     @property
     def columns(self) -> Mapping[str, Column]:

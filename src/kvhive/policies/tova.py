@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Held, Needs, Observed
+from kvhive.kernels import TOGETHER, Held, Needs, Observed
 from kvhive.policies._parts.selection import grouped, layer_mean, recent
 from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
 from kvhive.spec import knob
 
-LAST_ROW = Needs(last_rows=1)
+LAST_ROW = Needs(last_rows=1, together=TOGETHER)
 
 
 @POLICIES.register("tova")

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvhive.kernels import NOTHING, Needs, Observed
+from kvhive.kernels import NOTHING, TOGETHER, Needs, Observed
 from kvhive.policies._parts.selection import recent
 from kvhive.slots import Slots
 
@@ -87,7 +87,9 @@ class Sizes:
 
 def judged_by(judge: Judge) -> Needs:
     """Column sums, unless a cell's first token is taken."""
-    return NOTHING if judge == "no_max" else Needs(columns="sum")
+    if judge == "no_max":
+        return NOTHING
+    return Needs(columns="sum", together=TOGETHER if judge == "accum" else 1)
 
 
 def observe(judge: Judge, slots: Slots, seen: Observed) -> None:
