@@ -17,9 +17,9 @@ transformers calls it) takes longer than the same block with the full cache, ove
 Beside it, for those who look closer, the same of kvhive's part of the block alone: appending,
 attention, votes, eviction. Evictions come once in many tokens and are spread over all of them, so
 `--new` should cover some: 33 tokens lie between two of most policies at a budget of 1,024, some 560
-between two events of BUZZ. Where positions are counted in the cache, an eviction also turns the keys
-it has moved, which is part of the overhead; the same policy with `positions=original` stands beside
-it.
+between two events of BUZZ. Where positions are counted in the cache, an eviction also turns the
+keys it has moved, which is part of the overhead; the same policy with `positions=original` stands
+beside it.
 """
 
 from __future__ import annotations
