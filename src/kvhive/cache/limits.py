@@ -107,8 +107,10 @@ class Limits:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the limits."""
-        return 0 if self.all is None else self.all.untyped_storage().nbytes()
+        """Bytes of limits and targets."""
+        held = [target for _, target in self._targets.values()]
+        held += [] if self.all is None else [self.all]
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def _limits(self, seen: int, heads: int) -> Tensor:
         """int64 `[layers, K]` for a row that has seen so many tokens."""
