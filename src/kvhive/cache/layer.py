@@ -118,8 +118,8 @@ class HiveLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif self._shape(key_states) != self._held_shape:
             self._refuse_shape(key_states)
-        # Detached, the keys kept are not the tensor that refers to this layer.
-        self._waiting = key_states.detach(), value_states
+        # Detached, what is kept holds no graph, nor the tensor that refers to this layer.
+        self._waiting = key_states.detach(), value_states.detach()
         return offer(key_states, self), value_states
 
     def check_model(self, config: object) -> None:

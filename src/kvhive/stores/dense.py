@@ -106,7 +106,8 @@ def _adopt(tensor: Tensor, room: int) -> Tensor:
     On CPU it is copied into pages of its own (see `memory`): the heap it came from stays small.
     """
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    if room == tensor.shape[2] and alone and tensor.device.type != "cpu":
+    plain = alone and not tensor.is_inference()  # such a tensor could not be written to later
+    if room == tensor.shape[2] and plain and tensor.device.type != "cpu":
         return tensor
     return widen(tensor, tensor.shape[2], room)
 
