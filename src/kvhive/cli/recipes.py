@@ -30,9 +30,7 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="One method, with its knobs.")
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="The policies as a Markdown table.")
-    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/methods.md.")] = False,
 ) -> None:
     """List all methods, or one with its knobs, defaults and source.
 
@@ -45,9 +43,9 @@ def recipes(
     from kvhive.stores import STORES
 
     if markdown:
-        from kvhive.cli.methods_table import methods_table
+        from kvhive.cli.methods_table import methods_page
 
-        typer.echo(methods_table(), nl=False)
+        typer.echo(methods_page(), nl=False)
         return
     console = out()
     parts: list[tuple[str, Registry[Any]]] = [
