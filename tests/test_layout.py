@@ -14,9 +14,9 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "kinds", "budget", "plan", "step", "rope", "memory", "plugins"},
-    {"slots", "spec", "calibration"},
-    {"kernels"},
+    {"registry", "kinds", "plan", "step", "rope", "memory", "files"},
+    {"slots", "spec", "calibration", "plugins"},
+    {"kernels", "budget"},
     {"policies", "allocations", "stores"},
     {"recipe", "model"},
     {"cache"},

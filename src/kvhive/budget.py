@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvhive.kinds import plain
+from kvhive.spec import Knob
+
 FLOOR = 65  # a share never asks for fewer tokens: below this there is nothing worth saving
 
 
@@ -21,10 +24,10 @@ class Budget:
     share: float | None = None
 
     def __post_init__(self) -> None:
+        for knob in _PARTS:
+            object.__setattr__(self, knob.name, knob.check("budget", getattr(self, knob.name)))
         if (self.tokens is None) == (self.share is None):
             raise ValueError("budget: give exactly one of tokens= and share=")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"budget: a token count must be at least 1, got {self.tokens}")
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(
                 f"budget: a share must lie in (0, 1], got {self.share:g}; "
@@ -39,26 +42,11 @@ class Budget:
         """
         if isinstance(value, Budget):
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
+        given = plain(value)
+        if isinstance(given, bool) or not isinstance(given, int | float | str):
             raise TypeError(f"budget: expected a number of tokens or a share, got {value!r}")
-        if isinstance(value, int):
-            return cls(tokens=value)
-        if isinstance(value, float):
-            return cls(share=value)
-        text = value.strip()
-        try:
-            if text.endswith("%"):
-                return cls(share=float(text[:-1]) / 100)
-            if text.lstrip("+-").isdigit():
-                return cls(tokens=int(text))
-            number = float(text)
-        except ValueError as error:
-            if str(error).startswith("budget:"):
-                raise
-            raise ValueError(
-                f"budget: {value!r} is neither a number of tokens (1024) nor a share (0.4 or 40%)"
-            ) from None
-        return cls(share=number)
+        number = _number(given) if isinstance(given, str) else given
+        return cls(tokens=number) if isinstance(number, int) else cls(share=number)
 
     def resolve(self, seen: int, least: int) -> int:
         """Tokens a head may hold once `seen` were read; `least` is the policy's own minimum."""
@@ -69,3 +57,20 @@ class Budget:
 
     def __str__(self) -> str:
         return str(self.tokens) if self.share is None else repr(float(self.share))
+
+
+_PARTS = (Knob("tokens", int | None, None, least=1), Knob("share", float | None, None))
+
+
+def _number(text: str) -> int | float:
+    """A whole number is a count, any other a share. Raises `ValueError` for what is neither."""
+    text = text.strip()
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        shown = repr(text) if len(text) <= 40 else f"a text of {len(text):,} letters"
+        raise ValueError(
+            f"budget: {shown} is neither a number of tokens (1024) nor a share (0.4 or 40%)"
+        ) from None

@@ -10,6 +10,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from kvhive.files import expanded
+
 
 def load_plugins(names: Iterable[str]) -> dict[str, str]:
     """Import each file (a name that ends in .py) or module once; the SHA-256 of each one's source.
@@ -37,7 +39,7 @@ def _load(name: str) -> ModuleType:
 
 
 def _from_file(name: str) -> ModuleType:
-    path = Path(name).expanduser().resolve()
+    path = expanded(name).resolve()
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", name)
     known = f"kvhive_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"

@@ -18,7 +18,7 @@ from kvhive.kinds import fits, in_words, literal, plain
 from kvhive.registry import Registry, did_you_mean
 
 FORM = "name(knob=value, ...)"
-INT64 = "between -2**63 and 2**63 - 1"
+MOST = 2**31 - 1  # the largest whole number a knob takes unless it says another
 _RULE = "kvhive"  # where a field's metadata holds what `knob` was told
 _NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*")
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)
@@ -27,7 +27,8 @@ _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)
 @dataclass(frozen=True)
 class Knob:
     """One hyper-parameter. kind: its type hint. least, most: the range of a number, or of every
-    number of a list; among: the texts it may be, any if empty.
+    number of a list (whole numbers never go beyond `MOST`); among: the texts it may be, any if
+    empty.
     """
 
     name: str
@@ -41,16 +42,13 @@ class Knob:
     def check(self, owner: str, value: object) -> Any:
         """`value` in plain form: numpy's numbers as Python's, lists as tuples.
 
-        Raises `ValueError` for another kind of value, an integer beyond int64, a number that is
-        not finite, what is out of range, and an empty list unless the default is one.
+        Raises `ValueError` for another kind of value, a number that is not finite, what is out of
+        range, and an empty list unless the default is one.
         """
         value = plain(value)
         each = value if isinstance(value, tuple) else (value,)
-        for one in each:
-            if type(one) is int and not -(2**63) <= one < 2**63:
-                raise self._refusal(owner, INT64, _number(one))
         if not fits(value, self.kind) or (each == () and self.default != ()):
-            raise self._refusal(owner, in_words(self.kind), _shortened(repr(value)))
+            raise self._refusal(owner, in_words(self.kind), _shortened(_shown(value)))
         for one in each:
             self._check_range(owner, one)
         return value
@@ -63,7 +61,7 @@ class Knob:
         meanings = [literal(text), text, text.lower()]
         fitting = [value for value in meanings if fits(plain(value), self.kind)]
         if not fitting and text.lstrip("+-").isdigit() and len(text) > 20:
-            raise self._refusal(owner, INT64, f"a number of {len(text):,} digits")
+            raise self._refusal(owner, f"at most {MOST}", f"a number of {len(text):,} digits")
         return self.check(owner, [*fitting, *meanings][0])
 
     def spell(self, value: object, as_python: bool = False) -> str:
@@ -82,16 +80,24 @@ class Knob:
             raise self._refusal(owner, f"one of {', '.join(self.among)}", _shortened(repr(one)))
         if isinstance(one, bool) or not isinstance(one, int | float):
             return
-        if not math.isfinite(one):
+        if isinstance(one, float) and not math.isfinite(one):
             raise self._refusal(owner, "a finite number", str(one))
-        least = -math.inf if self.least is None else self.least
-        most = math.inf if self.most is None else self.most
+        edge = MOST if isinstance(one, int) else math.inf
+        least = -edge if self.least is None else self.least
+        most = edge if self.most is None else self.most
         if not least <= one <= most:
-            words = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise self._refusal(owner, f"at most {most}" if least == -math.inf else words, str(one))
+            words = f"at least {least}" if one < least else f"at most {most}"
+            both = self.least is not None and self.most is not None
+            words = f"between {least} and {most}" if both else words
+            raise self._refusal(owner, words, _number(one))
 
     def _refusal(self, owner: str, wanted: str, given: str) -> ValueError:
         return ValueError(f"{owner}: {self.name} must be {wanted}, got {given}")
+
+
+def whole(owner: str, name: str, value: object, least: int = 0) -> int:
+    """A whole number that a function was given, as `Knob.check` reads it."""
+    return int(Knob(name, int, 0, least=least).check(owner, value))
 
 
 def knob(
@@ -242,10 +248,14 @@ def _tokens(text: str) -> Iterator[tuple[str, int, int]]:
         yield match[0], match.end(), depth
 
 
-def _number(number: int) -> str:
+def _number(number: int | float) -> str:
     """A number of any size: Python refuses to write one of more than 4,300 digits."""
-    size = number.bit_length()
+    size = number.bit_length() if isinstance(number, int) else 0
     return str(number) if size <= 128 else f"a number of {size:,} bits"
+
+
+def _shown(value: object) -> str:
+    return _number(value) if isinstance(value, int) else repr(value)
 
 
 def _shortened(text: str) -> str:

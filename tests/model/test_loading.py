@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvhive.model.loading
+import kvhive.model.smollm2
 from kvhive.model.loading import load
 
 
@@ -141,7 +143,7 @@ def test_the_model_is_unpacked_once(
         read.append(file)
         return load(str(folder))
 
-    monkeypatch.setattr(kvhive.model.loading, "_from_gguf", read_gguf)
+    monkeypatch.setattr(kvhive.model.smollm2, "from_gguf", read_gguf)
     first, _ = load()
     assert "unpacking weights.gguf" in capsys.readouterr().err
     second, tokenizer = load()
@@ -161,7 +163,7 @@ def test_an_interrupted_unpacking_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupted)
-    monkeypatch.setattr(kvhive.model.loading, "_from_gguf", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(kvhive.model.smollm2, "from_gguf", lambda *_: (model, tokenizer))
     with pytest.raises(KeyboardInterrupt):
         load()
 
@@ -175,10 +177,75 @@ def test_a_faster_process_wins(
         save_tiny_llama(tmp_path / "cache" / "smollm2-7-1")
         return load(str(folder))
 
-    monkeypatch.setattr(kvhive.model.loading, "_from_gguf", slow)
+    monkeypatch.setattr(kvhive.model.smollm2, "from_gguf", slow)
     load()
 
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["smollm2-7-1"]
+
+
+def test_types_of_torch_and_paths_are_taken(folder: Path) -> None:
+    model, _ = load(folder, dtype=torch.float32, device=torch.device("cpu"))
+
+    assert model.dtype == torch.float32
+
+
+def test_a_device_without_numbers_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="device 'meta' holds no numbers"):
+        load(folder, device="meta")
+
+
+def test_a_home_that_nobody_has_is_named() -> None:
+    with pytest.raises(ValueError, match="no home folder for ~nobody-at-all"):
+        load("~nobody-at-all/model")
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    words = "tiny' cannot be used: its weights lack model.layers.1.mlp.up_proj.weight and 1 more"
+    with pytest.raises(ValueError, match=words):
+        load(folder)
+
+
+DAMAGES = {
+    "config.json": [
+        ('"hidden_size": 16', '"hidden_size": 100'),
+        ('"hidden_size": 16', '"hidden_size": "wide"'),
+        ('"rope_type": "default"', '"rope_type": "spiral"'),
+        ('"model_type": "llama"', '"model_type": "camel"'),
+        ('"vocab_size": 32', '"vocab_size": 31'),
+        ("{", "["),
+    ],
+    "tokenizer.json": [
+        ('"model": {', '"model": 7, "was": {'),
+        ('"type": "WordLevel"', '"type": "None"'),
+        ("{", ""),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [(file, old, new) for file, pairs in DAMAGES.items() for old, new in pairs],
+)
+def test_a_damaged_folder_is_one_sentence(folder: Path, file: str, old: str, new: str) -> None:
+    text = (folder / file).read_text(encoding="utf-8")
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    with pytest.raises((ValueError, OSError)) as refusal:
+        load(folder)
+    assert str(folder) in str(refusal.value)
+
+
+def test_a_tokenizer_without_tokens_is_refused(folder: Path) -> None:
+    empty = Tokenizer(models.WordLevel({}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=empty).save_pretrained(folder)
+
+    with pytest.raises(ValueError, match="cannot be used"):
+        load(folder)
 
 
 def test_importing_the_loader_is_quick() -> None:

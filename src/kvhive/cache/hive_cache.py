@@ -23,6 +23,7 @@ from kvhive.calibration import Profile
 from kvhive.model.facts import ModelFacts
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
+from kvhive.spec import whole
 
 
 class HiveCache(Cache):
@@ -196,10 +197,9 @@ class HiveCache(Cache):
 
     def make_room(self, tokens: int) -> None:
         """Evict now, so that a turn of `tokens` tokens fits the budget without evicting inside the
-        turn. Raises `ValueError` for less than none, and while drafts wait for `crop`.
+        turn. Raises `ValueError` for what is no number of tokens, and while drafts wait for `crop`.
         """
-        if tokens < 0:
-            raise ValueError(f"make_room: tokens must be at least 0, got {tokens}")
+        tokens = whole("make_room", "tokens", tokens)
         if self.progress.recording:
             raise ValueError("make_room: drafts wait for crop(); call end_recording() first")
         for layer in self.hive_layers():

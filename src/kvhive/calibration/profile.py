@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kvhive.files import expanded
+
 KIND = "kvhive profile 1"
 _FIELDS = ("method", "fingerprint", "data", "date")
 
@@ -38,7 +40,7 @@ class Profile:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(path).expanduser()
+        path = expanded(path)
         if not path.is_file():
             raise FileNotFoundError(f"no profile at {str(path)!r}: there is no such file")
         try:
@@ -58,7 +60,7 @@ class Profile:
         """Write it, all or nothing. Raises `FileExistsError` rather than overwrite a file."""
         from safetensors.torch import save_file
 
-        path = Path(path).expanduser()
+        path = expanded(path)
         if path.exists():
             raise FileExistsError(f"{str(path)!r} exists; delete it first, or choose another name")
         told = {"kind": KIND} | {name: getattr(self, name) for name in _FIELDS}

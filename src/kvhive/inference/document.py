@@ -8,8 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvhive.files import expanded
+
 STDIN = "-"
 MOST_BYTES = 64 * 2**20
+_OPEN_FILES = (Path("/dev/fd"), Path("/proc/self/fd"))  # as the shell's <(command) names them
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -28,10 +31,9 @@ class Document:
         64 MiB or a PDF without text, `ImportError` when reading a PDF needs a package that is
         missing.
         """
-        name = "stdin" if source == STDIN else Path(source).name
-        data = (
-            sys.stdin.buffer.read(MOST_BYTES + 1) if source == STDIN else _read_file(Path(source))
-        )
+        from_stdin = source in (STDIN, "/dev/stdin")
+        name = "stdin" if from_stdin else Path(source).name
+        data = _read_stdin() if from_stdin else _read_file(expanded(source))
         if len(data) > MOST_BYTES:
             raise ValueError(
                 f"{name} is larger than {MOST_BYTES // 2**20} MiB, far more than a model can read; "
@@ -44,12 +46,19 @@ class Document:
         return cls(name, text)
 
 
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise ValueError("stdin is closed: pipe a text into it, or name a file")
+    return sys.stdin.buffer.read(MOST_BYTES + 1)
+
+
 def _read_file(path: Path) -> bytes:
-    path = path.expanduser()
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder, not a document")
     if not path.exists():
         raise FileNotFoundError(f"no document at {str(path)!r}: there is no such file")
+    if not path.is_file() and path.parent not in _OPEN_FILES:  # it could wait for ever
+        raise OSError(f"{str(path)!r} is no ordinary file; to read from it, pipe it into stdin (-)")
     with path.open("rb") as file:
         return file.read(MOST_BYTES + 1)
 
