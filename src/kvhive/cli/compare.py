@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
@@ -53,6 +54,7 @@ def compare(
             "--recipe",
             "-r",
             metavar="RECIPE",
+            autocompletion=complete_recipe,
             help=f"Repeat for more. Default: {', '.join(_DEFAULT_RECIPES)}.",
         ),
     ] = None,

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 from typer.core import TyperGroup
 
+from kvhive.cli.completion import complete_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +31,7 @@ Model = Annotated[
         metavar="NAME",
         help="smollm2, a folder, a .gguf file or a Hugging Face id.",
         rich_help_panel="Model",
+        autocompletion=complete_model,
     ),
 ]
 Dtype = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import Device, Dtype, Model, PrefillChunk, Threads, err, load_model, note
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", metavar="RECIPE", autocompletion=complete_recipe),
+    ] = "buzz@0.4",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
     ] = 256,

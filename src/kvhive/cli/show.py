@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
@@ -45,7 +46,10 @@ def show(
     document: Annotated[
         str, typer.Argument(metavar="DOC", help="Text, Markdown or PDF file, or - for stdin.")
     ],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", metavar="RECIPE", autocompletion=complete_recipe),
+    ] = "buzz@0.4",
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="Write a page instead of printing."),

@@ -1,18 +1,14 @@
-"""The config of a model by name, without its weights.
-
-transformers is imported inside the function, because importing it takes seconds.
-"""
+"""The config of a model by name, without its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
 
 from kvhive.files import expanded
 from kvhive.model.smollm2 import smollm2_folder
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 def load_config(name: str | Path) -> PretrainedConfig:
@@ -22,8 +18,6 @@ def load_config(name: str | Path) -> PretrainedConfig:
     path without a model, OSError when the hub has no such model, ValueError for a kind of model
     that transformers does not know.
     """
-    from transformers import AutoConfig
-
     path, options = expanded(str(name)), dict[str, Any]()
     if name == "smollm2":
         path = smollm2_folder()
