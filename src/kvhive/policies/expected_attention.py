@@ -41,12 +41,14 @@ class ExpectedAttention(Policy):
     sink: int = knob(
         4, "first tokens kept for ever; their queries are left out as outliers", least=0
     )
-    future: int = knob(512, "positions ahead that are averaged over", least=1)
+    future: int = knob(512, "positions ahead that are averaged over", least=1, most=2**16)
     covariance: bool = knob(True, "use the covariance of the queries, or their mean alone")
     epsilon: float = knob(
         0.0, "added to the expected attention before the value's length counts", least=0
     )
-    queries: int = knob(128, "last queries that stand for those to come while decoding", least=1)
+    queries: int = knob(
+        128, "last queries that stand for those to come while decoding", least=1, most=2**12
+    )
     decode: Literal["rescore", "none"] = knob(
         "rescore", "evict while decoding too, or compress prompts only"
     )

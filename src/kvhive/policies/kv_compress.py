@@ -46,7 +46,9 @@ class KVCompress(Policy):
     )
     buffer: int = knob(0, "a query votes for tokens at least so far behind it", least=0)
     norm: Literal["l2", "l1"] = knob("l2", "a vote is squared attention, or attention")
-    pool: int = knob(7, "width over which a prompt's votes are max-pooled; 1: not at all")
+    pool: int = knob(
+        7, "width over which a prompt's votes are max-pooled; 1: not at all", most=1023
+    )
     query_block: int = knob(4096, "observed queries pooled together; blocks are added up", least=1)
     page: int = knob(16, "tokens a page", least=1)
     sink: int = knob(0, "first tokens kept for ever", least=0)

@@ -41,7 +41,9 @@ class Scissorhands(Policy):
     )
     renamed: ClassVar[Mapping[str, str]] = {"variant=percentile": "scissorhands_percentile"}
 
-    history: int | None = knob(None, "queries remembered; default min(400, 2 * budget)", least=1)
+    history: int | None = knob(
+        None, "queries remembered; default min(400, 2 * budget)", least=1, most=2**16
+    )
     recent: int | None = knob(None, "newest tokens kept; default min(10, budget / 4)", least=0)
     drop: int | None = knob(None, "tokens freed at a time, less one; default budget / 2", least=1)
     threshold: Literal["seen", "cache"] = knob(

@@ -37,7 +37,7 @@ class SnapKV(Policy):
     cost: ClassVar[str] = "attention of the last `window` queries; 8 bytes a slot"
 
     window: int = knob(32, "last tokens, always kept, whose queries vote", least=1)
-    kernel: int = knob(5, "tokens the votes are smoothed over, an odd number")
+    kernel: int = knob(5, "tokens the votes are smoothed over, an odd number", most=1023)
     pooling: Literal["avg", "max"] = knob(
         "avg", "how they are smoothed; the paper's runs use max, 7"
     )

@@ -1,0 +1,1 @@
+"""Hostile input for the command line and the library: nothing may crash, hang or lose a file."""
