@@ -20,6 +20,7 @@ from kvhive.evaluation import tasks
 from kvhive.policies import POLICIES, Policy, knob
 from kvhive.registry import Registry, import_all, modules_in
 from kvhive.stores import STORES
+from tests.support import shown_policy
 
 FOUND = """\
 from kvhive.registry import Registry, import_all
@@ -28,25 +29,6 @@ THINGS = Registry("thing")
 import_all(__name__, __path__)
 """
 MEMBER = "from {package} import THINGS\n\n@THINGS.register({name!r})\nclass Thing:\n    pass\n"
-NEWEST = '''\
-"""A policy that nothing in the package knows."""
-
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from kvhive.policies import POLICIES, Policy, Slots, recent
-
-
-@POLICIES.register("newest_of_all")
-@dataclass(frozen=True)
-class Newest(Policy):
-    """Keep what was never kept before."""
-
-    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
-        """The newest."""
-        return recent(slots, budget)
-'''
 
 
 def in_folder(root: Path, files: dict[str, str]) -> Path:
@@ -123,17 +105,17 @@ def test_tasks_are_found_too() -> None:
 
 
 def test_a_new_file_is_all_a_new_policy_takes(tmp_path: Path) -> None:
-    """Written into a copy of the package, here a zip file, from which the command line runs."""
+    """That of CONTRIBUTING, in a copy of the package, a zip file from which the command runs."""
     home = Path(kvhive.__file__).parent
     sources = {
         path.relative_to(home.parent).as_posix(): path.read_text(encoding="utf-8")
         for path in home.rglob("*.py")
     }
-    archive = in_zip(tmp_path, {**sources, "kvhive/policies/newest_of_all.py": NEWEST})
+    archive = in_zip(tmp_path, {**sources, "kvhive/policies/value_norm.py": shown_policy()})
     script = (
         "import kvhive, sys; from kvhive.cli import main; "
         f"assert kvhive.__file__.startswith({str(archive)!r}); "
-        "sys.argv = ['kvhive', 'recipes', 'newest_of_all']; main()"
+        "sys.argv = ['kvhive', 'recipes', 'value_norm']; main()"
     )
     run = subprocess.run(
         [sys.executable, "-c", script],
@@ -142,4 +124,4 @@ def test_a_new_file_is_all_a_new_policy_takes(tmp_path: Path) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert "Keep what was never kept before." in run.stdout
+    assert "Keep the longest values" in run.stdout

@@ -15,6 +15,7 @@ from kvhive.cli.console import (
     Dtype,
     MaxTokens,
     Model,
+    Plugin,
     PrefillChunk,
     Threads,
     check_tokens,
@@ -72,6 +73,7 @@ def compare(
     ] = "agnostic",
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
+    plugin: Plugin = None,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -93,8 +95,10 @@ def compare(
     from kvhive.html.plot import check_plots
     from kvhive.inference.document import Document
     from kvhive.inference.prompt import DEFAULT_QUESTION, Prompt
+    from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
 
+    load_plugins(plugin or ())
     recipes = [Recipe.parse(text) for text in recipe or _DEFAULT_RECIPES]
     if html is not None:
         check_writable(html)

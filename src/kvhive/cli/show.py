@@ -14,6 +14,7 @@ from kvhive.cli.console import (
     Dtype,
     MaxTokens,
     Model,
+    Plugin,
     PrefillChunk,
     Threads,
     check_tokens,
@@ -56,6 +57,7 @@ def show(
     ] = None,
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
+    plugin: Plugin = None,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -74,8 +76,10 @@ def show(
     from kvhive.inference.document import Document
     from kvhive.inference.generation import check_length, read
     from kvhive.inference.prompt import Prompt
+    from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
 
+    load_plugins(plugin or ())
     parsed = Recipe.parse(recipe)
     if html is not None:
         check_writable(html)
