@@ -149,6 +149,10 @@ def test_it_runs_without_extras(programs: Path, tmp_path: Path) -> None:
     got = call(programs / "kvhive", *words, "--max-new-tokens", "4")
     assert "h2o@70" in got
     assert json.loads(got)
+    report = json.loads(call(programs / "kvhive", "doctor", "--json"))
+    assert report["ok"] is True
+    for extra, check in report["extras"].items():
+        assert check["advice"] == f"pip install 'kvhive[{extra}]'"
 
 
 def test_what_needs_an_extra_says_which(programs: Path, tmp_path: Path) -> None:

@@ -46,8 +46,9 @@ def held(feeder: Feeder, row: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("recipe", [*SMALL, *SHARES])
 def test_a_row_of_a_padded_batch_is_as_it_is_alone(model: PreTrainedModel, recipe: str) -> None:
-    prompts = [random_ids(length, seed=length) for length in LENGTHS]
-    tails = random_ids(len(LENGTHS), DECODED, seed=9)
+    texts = [random_ids(length + DECODED, seed=length) for length in LENGTHS]  # no token twice
+    prompts = [text[:-DECODED] for text in texts]
+    tails = torch.stack([text[-DECODED:] for text in texts])
     ids, mask = left_padded(prompts)
     batch = HiveCache.for_model(model, recipe)
     together = read(model, batch, torch.cat([ids, tails], 1), max(LENGTHS), mask)
