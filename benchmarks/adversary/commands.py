@@ -67,7 +67,7 @@ class Bench:
         self.document = place / "doc.md"
         self.document.write_text(text(60), encoding="utf-8")
         self.run = place / "run"
-        _command(["evaluate", "--model", str(self.model), "--dtype", "float32", "-t", "passkey(lengths=[200])",
+        _command(["evaluate", "--model", str(self.model), "--dtype", "float32", "-t", "passkey(lengths=[200])", "--data", "builtin",
                   "--limit", "2", "-r", "h2o@40", "--mode", "agnostic", "--out", str(self.run)])  # fmt: skip
         self.guarded = (self.document, *sorted(self.model.iterdir()), *sorted(self.run.iterdir()))
 
@@ -89,7 +89,7 @@ class Bench:
             "compare": ["compare", str(self.document), "-r", "h2o@40", *short],
             "show": ["show", str(self.document)],
             "generate": ["generate", "hello there", *short],
-            "evaluate": ["evaluate", "-t", "passkey(lengths=[200])", "--limit", "1", "-r", "h2o@40",
+            "evaluate": ["evaluate", "-t", "passkey(lengths=[200])", "--data", "builtin", "--limit", "1", "-r", "h2o@40",
                          "--out", str(self.place / f"new{next(_COUNTER)}")],
             "report": ["report", str(self.run)],
             "plan": ["plan", "--context", "2k", "--memory", "1GiB"],
