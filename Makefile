@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test check docs bench format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ check: $(VENV)/dev.stamp ## lint, formatting, types and all tests: what CI runs
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n auto
+
+docs: $(VENV)/dev.stamp ## write docs/methods.md anew, from the registries
+	$(BIN)/kvhive recipes --markdown > docs/methods.md.new
+	mv docs/methods.md.new docs/methods.md
 
 bench: $(VENV)/demo.stamp ## measure speed and memory
 	$(BIN)/python benchmarks/speed.py --prompt 4096 --new 128 --recipe full --recipe buzz@0.4

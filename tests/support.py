@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,3 +244,10 @@ class Largest(TorchDispatchMode):
                 self.elements = max(self.elements, made.numel())
                 self.nbytes = max(self.nbytes, made.untyped_storage().nbytes())
         return result
+
+
+def shown_policy() -> str:
+    """The file of the policy that CONTRIBUTING.md walks through."""
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = page.partition("```python\n")[2].partition("   ```\n")[0]
+    return textwrap.dedent(block)

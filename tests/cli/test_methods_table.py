@@ -1,36 +1,48 @@
-"""The README's table of methods is the registry's."""
+"""The page of methods is the registries', and every policy has its card."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
+from kvhive.allocations import ALLOCATIONS
 from kvhive.cli import app
-from kvhive.cli.methods_table import methods_table
+from kvhive.cli.methods_table import methods_page
 from kvhive.policies import POLICIES
+from kvhive.stores import STORES
 
-ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- methods:begin -->\n", "<!-- methods:end -->"
-
-
-def test_the_readme_shows_the_registry() -> None:
-    """`kvhive recipes --markdown` printed what stands there."""
-    readme = (ROOT / "README.md").read_text()
-    shown = readme[readme.index(BEGIN) + len(BEGIN) : readme.index(END)]
-    assert shown == methods_table(), "run: kvhive recipes --markdown, and paste it into README.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_every_method_has_a_row_and_a_card() -> None:
-    """Nothing is missing, and every link leads somewhere."""
-    table = methods_table()
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_has_its_card(name: str) -> None:
+    """A card begins with a heading and names a recipe of the policy."""
+    card = DOCS / "methods" / f"{name}.md"
+    assert card.is_file(), f"policy {name!r} has no card: write docs/methods/{name}.md"
+    text = card.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"`{name}" in text
+
+
+def test_the_page_is_current() -> None:
+    """What stands in docs/ is what the registries say today."""
+    shown = (DOCS / "methods.md").read_text(encoding="utf-8")
+    assert shown == methods_page(), "docs/methods.md is not current: run `make docs`"
+
+
+def test_every_method_has_a_row() -> None:
+    """Nothing is missing, and links are relative to the page."""
+    page = methods_page()
     for name in POLICIES:
-        assert f"[`{name}`](docs/methods/{name}.md)" in table
-        assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+        assert f"\n| [`{name}`](methods/{name}.md) | " in page
+    for name in [*ALLOCATIONS, *STORES]:
+        assert f"\n| `{name}` | " in page
 
 
 def test_the_command_prints_it() -> None:
     """The command line gives the same text."""
     result = CliRunner().invoke(app, ["recipes", "--markdown"])
     assert result.exit_code == 0
-    assert result.stdout == methods_table()
+    assert result.stdout == methods_page()

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kvhive.plan import Plan
 from kvhive.stores import LayerFacts
+from kvhive.stores._merging import fold
 from kvhive.stores.dense import Dense
-from kvhive.stores.merging import fold
 
 
 def random_targets(batch: int, heads: int, n: int, seed: int) -> Tensor:

@@ -167,6 +167,20 @@ AttentionMaskInterface.register(NAME, mask_forward)
 # ---- models -------------------------------------------------------------------------------------
 
 
+def switch(model: PreTrainedModel) -> None:
+    """Switch the model's attention to kvhive's. Raises `ValueError` where it has an attention of
+    its own.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(model).__name__} does not use transformers' attention interface, so its "
+            "cache cannot be compressed"
+        )
+
+
 def attach(model: PreTrainedModel) -> ModelFacts:
     """Switch the model's attention to kvhive and collect its facts.
 
@@ -183,13 +197,7 @@ def attach(model: PreTrainedModel) -> ModelFacts:
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
     try:
-        if before != NAME:
-            model.set_attn_implementation(NAME)
-        if config._attn_implementation != NAME:
-            raise ValueError(
-                f"{type(model).__name__} does not use transformers' attention interface, so its "
-                "cache cannot be compressed"
-            )
+        switch(model)
         facts = facts_for(model)
     except BaseException:
         if config._attn_implementation == NAME != before:

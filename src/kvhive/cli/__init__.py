@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvhive import __version__
-from kvhive.cli import compare, evaluate, generate, lm_eval, recipes, report, show
+from kvhive.cli import compare, doctor, evaluate, generate, lm_eval, recipes, report, show
 from kvhive.cli.console import Commands, failed
 
 app = typer.Typer(
@@ -18,7 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -53,6 +52,7 @@ recipes.register(app)
 evaluate.register(app)
 report.register(app)
 lm_eval.register(app)
+doctor.register(app)
 
 
 def main() -> None:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
     MaxTokens,
     Model,
+    Plugin,
     PrefillChunk,
     Threads,
     check_tokens,
@@ -53,6 +55,7 @@ def compare(
             "--recipe",
             "-r",
             metavar="RECIPE",
+            autocompletion=complete_recipe,
             help=f"Repeat for more. Default: {', '.join(_DEFAULT_RECIPES)}.",
         ),
     ] = None,
@@ -70,6 +73,7 @@ def compare(
     ] = "agnostic",
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
+    plugin: Plugin = None,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -91,8 +95,10 @@ def compare(
     from kvhive.html.plot import check_plots
     from kvhive.inference.document import Document
     from kvhive.inference.prompt import DEFAULT_QUESTION, Prompt
+    from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
 
+    load_plugins(plugin or ())
     recipes = [Recipe.parse(text) for text in recipe or _DEFAULT_RECIPES]
     if html is not None:
         check_writable(html)

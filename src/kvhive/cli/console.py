@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 from typer.core import TyperGroup
 
+from kvhive.cli.completion import complete_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +31,7 @@ Model = Annotated[
         metavar="NAME",
         help="smollm2, a folder, a .gguf file or a Hugging Face id.",
         rich_help_panel="Model",
+        autocompletion=complete_model,
     ),
 ]
 Dtype = Annotated[
@@ -58,6 +61,8 @@ Plugin = Annotated[
         help="A Python file (or module) with tasks or methods of your own. Repeat for more.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Refuse a longer document.")]
 
 

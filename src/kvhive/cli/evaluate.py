@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import Device, Dtype, Model, Plugin, Threads, err, note
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def evaluate(
             "--recipe",
             "-r",
             metavar="RECIPE",
+            autocompletion=complete_recipe,
             help=f"Repeat for more. The full cache always runs. Default: {', '.join(_RECIPES)}.",
         ),
     ] = None,

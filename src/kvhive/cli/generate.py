@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from kvhive.cli.console import Device, Dtype, Model, PrefillChunk, Threads, err, load_model, note
+from kvhive.cli.completion import complete_recipe
+from kvhive.cli.console import (
+    Device,
+    Dtype,
+    Model,
+    Plugin,
+    PrefillChunk,
+    Threads,
+    err,
+    load_model,
+    note,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +32,10 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", metavar="RECIPE", autocompletion=complete_recipe),
+    ] = "buzz@0.4",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
     ] = 256,
@@ -30,6 +44,7 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
     prefill_chunk: PrefillChunk = None,
+    plugin: Plugin = None,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -47,8 +62,10 @@ def generate(
     from kvhive.inference.chat import chat_ids
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read
+    from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
 
+    load_plugins(plugin or ())
     parsed = Recipe.parse(recipe)
     text = Document.read(STDIN).text if prompt == STDIN else prompt
     if not text.strip():

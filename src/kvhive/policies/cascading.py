@@ -12,8 +12,8 @@ from torch import Tensor
 from kvhive.kernels import TOGETHER, Needs, Observed
 from kvhive.policies._parts.cascade import insert
 from kvhive.policies._parts.selection import new_tokens
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Choice, Policy, Positions
-from kvhive.policies.sizing import Sizing
 from kvhive.slots import Column, Slots
 from kvhive.spec import knob
 

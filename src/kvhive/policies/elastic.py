@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.selection import keep_top, layer_mean, new_tokens, recent, sinks
+from kvhive.policies._parts.sizing import Sizing, no_slack
 from kvhive.policies.base import POLICIES, Choice, Policy
-from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
 from kvhive.spec import knob
 

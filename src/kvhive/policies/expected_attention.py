@@ -11,8 +11,8 @@ from torch import Tensor
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.futures import Gaussian, QueryRing, fit
 from kvhive.policies._parts.selection import grouped, lengths, sinks
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Policy
-from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 from kvhive.spec import knob
 

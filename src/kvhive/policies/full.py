@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Policy
-from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 
 

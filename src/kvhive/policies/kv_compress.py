@@ -14,8 +14,8 @@ from torch import Tensor
 from kvhive.kernels import Needs, Observed
 from kvhive.policies._parts import pages
 from kvhive.policies._parts.selection import grouped, new_tokens
+from kvhive.policies._parts.sizing import Sizing, some_slack
 from kvhive.policies.base import POLICIES, Policy
-from kvhive.policies.sizing import Sizing, some_slack
 from kvhive.slots import Column, Slots
 from kvhive.spec import knob
 

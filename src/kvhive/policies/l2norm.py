@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvhive.kernels import Held, Needs
 from kvhive.policies._parts.selection import joint_ranks, lengths, recent
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Policy
 from kvhive.policies.full import Full
-from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 from kvhive.spec import knob
 

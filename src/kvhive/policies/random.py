@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvhive.kernels import Held
 from kvhive.policies._parts.selection import recent, sinks
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Policy
-from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 from kvhive.spec import knob
 

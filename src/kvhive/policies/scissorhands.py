@@ -12,8 +12,8 @@ from torch import Tensor
 from kvhive.kernels import TOGETHER, Needs, Observed
 from kvhive.policies._parts import votes
 from kvhive.policies._parts.selection import keep_top, recent
+from kvhive.policies._parts.sizing import Sizing, no_slack
 from kvhive.policies.base import POLICIES, Policy
-from kvhive.policies.sizing import Sizing, no_slack
 from kvhive.slots import Column, Slots
 from kvhive.spec import knob
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvhive.policies._parts.selection import recent, sinks
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Policy, Positions
-from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 from kvhive.spec import knob
 

@@ -1,7 +1,8 @@
-"""The forms of storage, by name."""
+"""The forms of storage, by name. A new one is a new file here."""
 
-from kvhive.stores import dense
+from kvhive.registry import import_all
 from kvhive.stores.base import STORES, LayerFacts, Store, StoreKind
 
 __all__ = ["STORES", "LayerFacts", "Store", "StoreKind"]
-_BUILT_IN = (dense,)
+
+import_all(__name__, __path__)

@@ -11,8 +11,8 @@ from torch import Tensor
 from kvhive.kernels import Ask, Observed, attend, report
 from kvhive.memory import take, widen
 from kvhive.plan import Plan
+from kvhive.stores._merging import fold
 from kvhive.stores.base import STORES, LayerFacts, Store, StoreKind
-from kvhive.stores.merging import fold
 
 
 class DenseStore(Store):

@@ -1,42 +1,13 @@
-"""The tasks, by name, and the groups that the command line knows."""
+"""The tasks, by name, and the groups that the command line knows. A new task is a new file here."""
 
 from __future__ import annotations
 
-from kvhive.evaluation.tasks import (
-    counting,
-    fidelity,
-    kv,
-    many_shot,
-    niah,
-    passkey,
-    perplexity,
-    qa,
-    ruler_qa,
-    summaries,
-    summary_needle,
-    tracing,
-    verbatim,
-    word_codes,
-)
 from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, parse_task
+from kvhive.registry import import_all
 
 __all__ = ["GROUPS", "TASKS", "Conversation", "Task", "parse_task", "parse_tasks"]
-_BUILT_IN = (
-    counting,
-    fidelity,
-    kv,
-    many_shot,
-    niah,
-    passkey,
-    perplexity,
-    qa,
-    ruler_qa,
-    summaries,
-    summary_needle,
-    tracing,
-    verbatim,
-    word_codes,
-)
+
+import_all(__name__, __path__)
 
 # The suite holds what a small model can do and what so can show a loss with a few items a task.
 _SUITE = (
