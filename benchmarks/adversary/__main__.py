@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 from rich.progress import track
 
-from benchmarks.adversary import knobs
-from benchmarks.adversary.case import FAULTS, run
-
-PARTS = (knobs,)
+from benchmarks.adversary import commands, knobs, library
+from benchmarks.adversary.case import FAULTS, Case, run
 
 
 def main() -> int:
     """Exit code 1 when there is a fault."""
     words = " ".join(sys.argv[1:])
-    cases = [case for part in PARTS for case in part.cases() if words in case.name]
+    with tempfile.TemporaryDirectory() as place:
+        every = (*commands.cases(Path(place)), *library.cases(), *knobs.cases())
+        return report([case for case in every if words in case.name])
+
+
+def report(cases: list[Case]) -> int:
+    """Run them, and print the faults and the counts."""
     outcomes = [run(case) for case in track(cases, description="cases")]
     counts = Counter(outcome.verdict for outcome in outcomes)
     faults = [outcome for outcome in outcomes if outcome.verdict in FAULTS]

@@ -112,3 +112,11 @@ def test_a_template_that_hides_or_repeats_words_is_refused(template: str):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="does not show the words of every turn once"):
         _ = ChatFormat.of(tokenizer).turn
+
+
+@pytest.mark.parametrize("template", ["{{ nope", "{{ messages[99].content }}", "{{ 1 / 0 }}"])
+def test_a_template_that_fails_is_refused(template: str):
+    made = tiny.tokenizer()
+    made.chat_template = template
+    with pytest.raises(ValueError, match="chat template cannot be used"):
+        ChatFormat.of(made)

@@ -85,14 +85,22 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: int, add_generation_prompt: bool) -> str:
-    """The text of the first turns of a chat between user and assistant, a mark in each."""
+    """The text of the first turns of a chat between user and assistant, a mark in each.
+
+    Raises `ValueError` for a template that fails.
+    """
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
-    return str(
-        tokenizer.apply_chat_template(
+    try:
+        text = tokenizer.apply_chat_template(
             messages[:turns], tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    )
+    except Exception as error:  # a template is a program of the model's maker
+        raise ValueError(
+            f"the model's chat template cannot be used ({type(error).__name__}: {error}); "
+            "correct it, or name another model"
+        ) from error
+    return str(text)
 
 
 def _around(mark: str, text: str) -> tuple[str, str]:
