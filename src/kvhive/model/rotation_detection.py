@@ -31,14 +31,12 @@ def find_rotations(
 
     None, and the reason, when there is no rotation that could be turned to another position.
     """
-    embeddings = list(_embeddings(model))
-    if not embeddings:
-        return None, "it has no rotary position embedding"
-    for kind, _ in embeddings:
-        if kind not in _FIXED:
-            return None, f"its rotary embedding changes with length (rope type {kind})"
+    if reason := cannot_turn(model):
+        return None, reason
     candidates = [
-        Rotation(frequencies, layout) for _, frequencies in embeddings for layout in _LAYOUTS
+        Rotation(frequencies, layout)
+        for _, frequencies in _embeddings(model)
+        for layout in _LAYOUTS
     ]
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return None, _UNKNOWN
@@ -53,6 +51,15 @@ def find_rotations(
             return None, _UNKNOWN
         found[layer] = fits[0]
     return found, ""
+
+
+def cannot_turn(model: PreTrainedModel) -> str:
+    """Why keys of the model cannot be turned, as far as its modules tell; "" where they may be."""
+    kinds = [kind for kind, _ in _embeddings(model)]
+    if not kinds:
+        return "it has no rotary position embedding"
+    changing = [kind for kind in kinds if kind not in _FIXED]
+    return f"its rotary embedding changes with length (rope type {changing[0]})" if changing else ""
 
 
 def _embeddings(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

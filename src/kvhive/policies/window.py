@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvhive.policies._parts.selection import recent
 from kvhive.policies.base import POLICIES, Policy, Positions
+from kvhive.policies.sizing import Sizing
 from kvhive.slots import Slots
 
 
@@ -24,6 +25,11 @@ class Window(Policy):
     source: ClassVar[str] = "arXiv:2309.17453"
     cost: ClassVar[str] = "no scores; any attention kernel"
     positions: ClassVar[Positions] = "cache"
+
+    @property
+    def sizing(self) -> Sizing:
+        """What is dropped is older than all that stays."""
+        return Sizing(outlasting=lambda held: 0)
 
     def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """The last `budget` tokens of each head."""
