@@ -20,7 +20,7 @@ TIERS = (  # from the ground up: a place knows places of lower tiers and its own
     {"policies", "allocations", "stores"},
     {"recipe", "model"},
     {"cache"},
-    {"inference"},
+    {"inference", "planning"},
     {"comparison"},
     {"html"},
     {"evaluation"},

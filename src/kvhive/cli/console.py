@@ -58,6 +58,8 @@ Plugin = Annotated[
         help="A Python file (or module) with tasks or methods of your own. Repeat for more.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Refuse a longer document.")]
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from kvhive.cli.console import Device, Dtype, Model, PrefillChunk, Threads, err, load_model, note
+from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,10 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", metavar="RECIPE", help="Default: buzz@0.4."),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
     ] = 256,
@@ -29,6 +33,7 @@ def generate(
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
+    fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
@@ -43,18 +48,21 @@ def generate(
     """
     import torch
 
+    from kvhive.cache.footprint import Workload
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.inference.chat import chat_ids
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read
-    from kvhive.recipe import Recipe
 
-    parsed = Recipe.parse(recipe)
+    chosen = recipe or default_recipe(fit)
+    read_recipe(chosen, fit)
     text = Document.read(STDIN).text if prompt == STDIN else prompt
     if not text.strip():
         raise ValueError("the prompt is empty: give a text, or - to read it from stdin")
     network, tokenizer = load_model(model, dtype, device, threads)
     ids = chat_ids(tokenizer, text)
+    work = Workload(tokens=len(ids) + max_new_tokens, chunk=prefill_chunk, turn=1)
+    parsed = fitted_to(network, chosen, fit, work)
     cache = HiveCache.for_model(network, parsed)
     check_length(cache, len(ids), max_new_tokens, prefill_chunk)
     if not tokenizer.chat_template:

@@ -21,6 +21,7 @@ from kvhive.cli.console import (
     load_model,
     out,
 )
+from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
 
 if TYPE_CHECKING:
     from kvhive.comparison.shading import Word
@@ -45,11 +46,15 @@ def show(
     document: Annotated[
         str, typer.Argument(metavar="DOC", help="Text, Markdown or PDF file, or - for stdin.")
     ],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", metavar="RECIPE", help="Default: buzz@0.4."),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="Write a page instead of printing."),
     ] = None,
+    fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
     model: Model = "smollm2",
@@ -63,6 +68,7 @@ def show(
 
     [dim]$[/dim] kvhive show report.txt --recipe 'h2o(recent=64)@512' --html kept.html
     """
+    from kvhive.cache.footprint import Workload
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.comparison.shading import pieces, shade
     from kvhive.comparison.survivors import Survivors
@@ -70,15 +76,17 @@ def show(
     from kvhive.inference.document import Document
     from kvhive.inference.generation import check_length, read
     from kvhive.inference.prompt import Prompt
-    from kvhive.recipe import Recipe
 
-    parsed = Recipe.parse(recipe)
+    chosen = recipe or default_recipe(fit)
+    read_recipe(chosen, fit)
     if html is not None:
         check_writable(html)
     source = Document.read(document)
     network, tokenizer = load_model(model, dtype, device, threads)
     prompt = Prompt.build(tokenizer, source.text, [])
     check_tokens(source.name, len(prompt.spans), max_tokens)
+    work = Workload(tokens=len(prompt.prefix), chunk=prefill_chunk, turn=1)
+    parsed = fitted_to(network, chosen, fit, work)
     cache = HiveCache.for_model(network, parsed)
     check_length(cache, len(prompt.prefix), 0, prefill_chunk)
     with err().status(f"{parsed}: reading {len(prompt.prefix):,} tokens"):

