@@ -14,13 +14,13 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "kinds", "plan", "step", "rope", "memory", "files"},
+    {"registry", "kinds", "plan", "step", "rope", "memory", "files", "units"},
     {"slots", "spec", "calibration", "plugins"},
     {"kernels", "budget"},
     {"policies", "allocations", "stores"},
     {"recipe", "model"},
     {"cache"},
-    {"inference"},
+    {"inference", "planning"},
     {"comparison"},
     {"html"},
     {"evaluation"},

@@ -1,5 +1,5 @@
 """Memory for what the cache keeps: blocks that go back to the system when they are freed, and the
-copies of slots that evictions and growth make.
+copies of slots that evictions and growth make, and how much of it tensors take.
 
 On CPU, tensors that outlive a step must not lie between the step's temporaries: the heap around
 them could then never shrink, and an evicted cache would leave the process as large as a full one.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -53,3 +54,21 @@ def widen(tensor: Tensor, used: int, room: int) -> Tensor:
     wide = zeros((batch, heads, room, *rest), tensor.dtype, tensor.device)
     wide[:, :, :used] = tensor[:, :, :used]
     return wide
+
+
+def storage_bytes(values: Iterable[object]) -> int:
+    """Bytes of the storage of all tensors among values, in lists and dictionaries too; what several
+    of them share counts once.
+    """
+    storages = (tensor.untyped_storage() for tensor in _tensors(values))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)

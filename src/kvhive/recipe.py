@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvhive.allocations import ALLOCATIONS, Allocation
@@ -97,32 +97,23 @@ class Recipe:
         `buzz(stride=5, positions=original)@0.4`. Raises `ValueError` naming what is wrong,
         `TypeError` for anything but a string or a recipe.
         """
+        return text if isinstance(text, Recipe) else cls(**_parts(text))
+
+    @classmethod
+    def without_budget(cls, text: str | Recipe) -> Recipe:
+        """A recipe whose budget is still to be found, "h2o": until then it keeps all, if its policy
+        takes a budget. Raises as `parse`, and for a recipe that has a budget already.
+        """
         if isinstance(text, Recipe):
-            return text
-        if not isinstance(text, str):
-            raise TypeError(f"recipe: expected a string such as 'buzz@0.4', got {text!r}")
-        what = f"recipe {text!r}"
-        front, rest = take(text, what)
-        policy, shared = _policy_and_shared(front)
-        budget: Budget | None = None
-        allocation: Allocation = Uniform()
-        store: StoreKind = Dense()
-        if rest.startswith("@"):
-            number = re.match(r"@([^/+]*)", rest)
-            assert number is not None
-            budget, rest = Budget.of(number.group(1)), rest[number.end() :]
-        if rest.startswith("/"):
-            part, rest = take(rest[1:], what)
-            allocation = build(ALLOCATIONS, part)
-        if rest.startswith("+"):
-            part, rest = take(rest[1:], what)
-            store = build(STORES, part)
-        if rest:
-            raise ValueError(
-                f"{what}: cannot read {rest!r}; the form is "
-                "policy(knob=value)@budget/allocation+store"
-            )
-        return cls(policy, budget, allocation, store, **shared)
+            parts = {part.name: getattr(text, part.name) for part in fields(text)}
+        else:
+            parts = _parts(text)
+        sizing, budget = parts["policy"].sizing, parts.get("budget")
+        if sizing.implied is not None:
+            raise ValueError(f"{text}: its knobs add up to a budget of {sizing.implied} already")
+        if budget is not None:
+            raise ValueError(f"{text} has a budget already: leave @{budget} out, or the size")
+        return cls(**parts | ({"budget": Budget(share=1.0)} if sizing.budgeted else {}))
 
     def __str__(self) -> str:
         values = [(knob, getattr(self, knob.name)) for knob in _SHARED]
@@ -142,3 +133,28 @@ def _policy_and_shared(front: Call) -> tuple[Policy, dict[str, Any]]:
     policy = build(POLICIES, Call(front.name, own), list(shared))
     given = front.knobs.keys() & shared.keys()
     return policy, {name: shared[name].read(front.name, front.knobs[name]) for name in given}
+
+
+def _parts(text: str) -> dict[str, Any]:
+    """The parts that a recipe's string names, by field."""
+    if not isinstance(text, str):
+        raise TypeError(f"recipe: expected a string such as 'buzz@0.4', got {text!r}")
+    what = f"recipe {text!r}"
+    front, rest = take(text, what)
+    policy, parts = _policy_and_shared(front)
+    parts["policy"] = policy
+    if rest.startswith("@"):
+        number = re.match(r"@([^/+]*)", rest)
+        assert number is not None
+        parts["budget"], rest = Budget.of(number.group(1)), rest[number.end() :]
+    if rest.startswith("/"):
+        part, rest = take(rest[1:], what)
+        parts["allocation"] = build(ALLOCATIONS, part)
+    if rest.startswith("+"):
+        part, rest = take(rest[1:], what)
+        parts["store"] = build(STORES, part)
+    if rest:
+        raise ValueError(
+            f"{what}: cannot read {rest!r}; the form is policy(knob=value)@budget/allocation+store"
+        )
+    return parts

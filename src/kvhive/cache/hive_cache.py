@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,12 +14,16 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvhive.cache import speculation
 from kvhive.cache.attention import attach
+from kvhive.cache.fitting import fitted
+from kvhive.cache.footprint import Workload
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
 from kvhive.cache.report import Report
 from kvhive.calibration import Profile
+from kvhive.memory import storage_bytes
 from kvhive.model.facts import ModelFacts
+from kvhive.model.outline import Outline
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 from kvhive.spec import whole
@@ -59,18 +62,34 @@ class HiveCache(Cache):
         model: PreTrainedModel,
         recipe: Recipe | str,
         profile: Profile | str | Path | None = None,
+        *,
+        fits: int | str | None = None,
+        tokens: int | None = None,
+        batch: int = 1,
     ) -> HiveCache:
         """An empty cache for `model`, whose attention is switched to kvhive's (other caches still
         work).
 
         recipe: a `Recipe` or its string, e.g. "buzz@0.4". profile: what was learnt about this model
-        beforehand, for a recipe that reads it; an object or a file. Raises `ValueError` for a
-        recipe that cannot work, for a model that kvhive does not support, naming what is missing,
-        and for a profile of another model.
+        beforehand, for a recipe that reads it; an object or a file. fits: instead of a budget, the
+        most bytes the whole cache may hold between two steps ("24MiB"), for `batch` rows and
+        whatever prompts and turns come; the largest budget is taken. tokens: that will be read and
+        written in all; needed where layers or a recipe hold what was read without a bound.
+
+        Raises `ValueError` for a recipe that cannot work, for a model that kvhive does not support,
+        naming what is missing, for a profile of another model, and for a size that nothing fits.
         """
         if isinstance(profile, str | Path):
             profile = Profile.load(profile)
-        return cls(Recipe.parse(recipe), attach(model), profile)
+        if fits is None and (tokens is not None or batch != 1):
+            raise ValueError("tokens= and batch= say for what fits= is to hold; give fits= too")
+        parsed = Recipe.parse(recipe) if fits is None else Recipe.without_budget(recipe)
+        facts = attach(model)
+        if fits is not None:
+            work = Workload(batch=batch, tokens=tokens)
+            outline = Outline.of(model, facts.rotations or ())
+            parsed = fitted(recipe, fits, outline, work, profile)
+        return cls(parsed, facts, profile)
 
     # ---- what transformers asks of a cache ------------------------------------------------------
 
@@ -169,12 +188,7 @@ class HiveCache(Cache):
         return [layer for i, layer in enumerate(self.layers) if i not in self.compressed]
 
     def _stock_bytes(self) -> int:
-        held = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for layer in self._stock_layers()
-            for tensor in _tensors(vars(layer).values())
-        }
-        return sum(held.values())
+        return storage_bytes([vars(layer) for layer in self._stock_layers()])
 
     # ---- turns ----------------------------------------------------------------------------------
 
@@ -260,14 +274,3 @@ def _check_profile(recipe: Recipe, facts: ModelFacts, profile: Profile | None) -
     for method in wanted.values():
         assert profile is not None
         profile.check(method, facts.fingerprint)
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    """All tensors among values, in lists and dictionaries too."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

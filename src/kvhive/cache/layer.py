@@ -252,7 +252,7 @@ class HiveLayer(CacheLayerMixin):
 
     def _let_wait(self, query: Tensor, seen: Observed) -> None:
         self._scale = seen.scale
-        self._unheard.append(query.detach())
+        self._unheard.append(_alone(query.detach()))
         if len(self._unheard) >= self._patience:
             self._hear()
 
@@ -438,3 +438,9 @@ class HiveLayer(CacheLayerMixin):
             f"{self._shape(keys)}; a cache belongs to one model and one batch: make a new one, or "
             "call reset()"
         )
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is part of something larger that it would keep alive."""
+    whole = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+    return tensor.clone() if whole else tensor

@@ -24,6 +24,11 @@ MOST = 4  # turns in place: with more, single keys were found over 1 % away from
 _TIMES = "turned"
 
 
+def bytes_held_twice(width: int, dtype: torch.dtype) -> int:
+    """Bytes that a key held twice takes beside its slot: as it was, and how far it has moved."""
+    return width * dtype.itemsize + torch.int64.itemsize
+
+
 class Turning:
     """Turns the keys of one layer that evictions have moved. rotation: None turns none."""
 

@@ -20,8 +20,21 @@ def for_step(store: Store, step: Step, eviction: Eviction, frozen: bool) -> int:
     if eviction.together:
         return needed + UNEVEN_HEADROOM
     ahead = HEADROOM if step.phase != "prefill" else max(step.fresh, needed // 8)
-    bound = None if frozen else eviction.bound(step.fresh)
+    bound = None if frozen else eviction.bound(min(step.fresh, HEADROOM))
     return needed + ahead if bound is None else max(needed, min(needed + ahead, bound))
+
+
+def most(limit: int | None, tokens: int | None, growing: int) -> int | None:
+    """The most slots that either of the two leaves room for between two steps; None: nobody knows.
+
+    limit: what a head may hold when a step begins to evict. tokens: read at most. growing: the most
+    that a step may bring to what is held already.
+    """
+    most = [] if limit is None else [limit + min(growing, HEADROOM)]
+    if tokens is not None:
+        ahead = HEADROOM if growing == 1 else max(HEADROOM, growing, tokens // 8)
+        most.append(tokens + ahead)
+    return min(most, default=None)
 
 
 def after_eviction(kept: int, growing: int, eviction: Eviction) -> int:

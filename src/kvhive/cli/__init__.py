@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvhive import __version__
-from kvhive.cli import compare, doctor, evaluate, generate, lm_eval, recipes, report, show
+from kvhive.cli import compare, doctor, evaluate, generate, lm_eval, plan, recipes, report, show
 from kvhive.cli.console import Commands, failed
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ def _root(
 compare.register(app)
 show.register(app)
 generate.register(app)
+plan.register(app)
 recipes.register(app)
 evaluate.register(app)
 report.register(app)

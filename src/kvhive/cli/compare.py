@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from kvhive.cli import sweep as sweeps
 from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
@@ -26,6 +27,7 @@ from kvhive.cli.console import (
     out,
     recipe_bars,
 )
+from kvhive.cli.fitting import Fit, fitted_recipes, read_recipe
 from kvhive.inference.modes import QuestionMode
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from kvhive.inference.prompt import Prompt
 
 _DEFAULT_RECIPES = ["full", "buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
+_DEFAULT_FITTED = ["full", "buzz", "h2o", "streaming_llm"]
 
 
 def register(app: typer.Typer) -> None:
@@ -71,6 +74,22 @@ def compare(
         QuestionMode,
         typer.Option(help="agnostic: compress before the question is seen; aware: with it."),
     ] = "agnostic",
+    fit: Fit = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Look for the smallest budget within --kl of the full cache. Repeat for more.",
+        ),
+    ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="With --sweep: the most that may be lost a token."),
+    ] = None,
+    by: Annotated[
+        sweeps.Unit,
+        typer.Option(help="With --sweep: budgets in steps of 1 % or of 16 tokens."),
+    ] = "share",
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
     plugin: Plugin = None,
@@ -87,6 +106,10 @@ def compare(
 
     [dim]$[/dim] kvhive compare a.pdf --ask "Who signed?" -r buzz@0.4 -r h2o@1024 --html out.html
 
+    [dim]$[/dim] kvhive compare a.pdf --ask "Who signed?" -r h2o -r buzz --fit 24MiB
+
+    [dim]$[/dim] kvhive compare a.pdf --ask "Who signed?" --sweep h2o --kl 0.02
+
     [dim]$[/dim] man bash | kvhive compare - --ask "What does set -e do?" -r 'buzz(stride=7)@2048'
     """
     from kvhive.comparison.compare import REFERENCE
@@ -99,7 +122,11 @@ def compare(
     from kvhive.recipe import Recipe
 
     load_plugins(plugin or ())
-    recipes = [Recipe.parse(text) for text in recipe or _DEFAULT_RECIPES]
+    sweeps.check(sweep, kl, recipe, fit, html)
+    typed = list(recipe or (_DEFAULT_RECIPES if fit is None else _DEFAULT_FITTED))
+    recipes = [read_recipe(text, fit) for text in typed]
+    for text in sweep or []:
+        Recipe.without_budget(text)
     if html is not None:
         check_writable(html)
         check_plots()
@@ -108,6 +135,12 @@ def compare(
     network, tokenizer = load_model(model, dtype, device, threads)
     prompt = Prompt.build(tokenizer, source.text, questions)
     check_tokens(source.name, len(prompt.spans), max_tokens)
+    if sweep and kl is not None:
+        settings = (max_new_tokens, mode, prefill_chunk)
+        sweeps.run(network, tokenizer, source.text, questions, sweep, kl, by, settings, as_json)
+        return
+    if fit is not None:
+        recipes = fitted_recipes(network, typed, fit, prompt, max_new_tokens, prefill_chunk)
     names = dict.fromkeys(str(one) for one in [REFERENCE, *recipes])
     with recipe_bars(list(names)) as progress:
         results = run(

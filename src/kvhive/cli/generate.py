@@ -20,6 +20,7 @@ from kvhive.cli.console import (
     load_model,
     note,
 )
+from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,15 @@ def register(app: typer.Typer) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")],
     recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", metavar="RECIPE", autocompletion=complete_recipe),
-    ] = "buzz@0.4",
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help="Default: h2o@0.4.",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
     ] = 256,
@@ -43,6 +50,7 @@ def generate(
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
+    fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     plugin: Plugin = None,
     model: Model = "smollm2",
@@ -58,20 +66,23 @@ def generate(
     """
     import torch
 
+    from kvhive.cache.footprint import Workload
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.inference.chat import chat_ids
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read
     from kvhive.plugins import load_plugins
-    from kvhive.recipe import Recipe
 
     load_plugins(plugin or ())
-    parsed = Recipe.parse(recipe)
+    chosen = recipe or default_recipe(fit)
+    read_recipe(chosen, fit)
     text = Document.read(STDIN).text if prompt == STDIN else prompt
     if not text.strip():
         raise ValueError("the prompt is empty: give a text, or - to read it from stdin")
     network, tokenizer = load_model(model, dtype, device, threads)
     ids = chat_ids(tokenizer, text)
+    work = Workload(tokens=len(ids) + max_new_tokens, chunk=prefill_chunk, turn=1)
+    parsed = fitted_to(network, chosen, fit, work)
     cache = HiveCache.for_model(network, parsed)
     check_length(cache, len(ids), max_new_tokens, prefill_chunk)
     if not tokenizer.chat_template:

@@ -23,6 +23,7 @@ from kvhive.cli.console import (
     load_model,
     out,
 )
+from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
 
 if TYPE_CHECKING:
     from kvhive.comparison.shading import Word
@@ -48,13 +49,20 @@ def show(
         str, typer.Argument(metavar="DOC", help="Text, Markdown or PDF file, or - for stdin.")
     ],
     recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", metavar="RECIPE", autocompletion=complete_recipe),
-    ] = "buzz@0.4",
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help="Default: h2o@0.4.",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="Write a page instead of printing."),
     ] = None,
+    fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
     plugin: Plugin = None,
@@ -69,6 +77,7 @@ def show(
 
     [dim]$[/dim] kvhive show report.txt --recipe 'h2o(recent=64)@512' --html kept.html
     """
+    from kvhive.cache.footprint import Workload
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.comparison.shading import pieces, shade
     from kvhive.comparison.survivors import Survivors
@@ -77,16 +86,18 @@ def show(
     from kvhive.inference.generation import check_length, read
     from kvhive.inference.prompt import Prompt
     from kvhive.plugins import load_plugins
-    from kvhive.recipe import Recipe
 
     load_plugins(plugin or ())
-    parsed = Recipe.parse(recipe)
+    chosen = recipe or default_recipe(fit)
+    read_recipe(chosen, fit)
     if html is not None:
         check_writable(html)
     source = Document.read(document)
     network, tokenizer = load_model(model, dtype, device, threads)
     prompt = Prompt.build(tokenizer, source.text, [])
     check_tokens(source.name, len(prompt.spans), max_tokens)
+    work = Workload(tokens=len(prompt.prefix), chunk=prefill_chunk, turn=1)
+    parsed = fitted_to(network, chosen, fit, work)
     cache = HiveCache.for_model(network, parsed)
     check_length(cache, len(prompt.prefix), 0, prefill_chunk)
     with err().status(f"{parsed}: reading {len(prompt.prefix):,} tokens"):

@@ -99,13 +99,6 @@ def compare(
 
     Raises `ValueError` before anything runs for input or a recipe that cannot work.
     """
-    if not questions:
-        raise ValueError("compare: give at least one question")
-    for name, tokens in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if tokens is not None and tokens < 1:
-            raise ValueError(f"{name} must be at least 1, got {tokens}")
-    if mode not in QUESTION_MODES:
-        raise ValueError(f"mode must be one of {', '.join(QUESTION_MODES)}, got {mode!r}")
     prompt = Prompt.build(tokenizer, document, list(questions))
     wanted = list(dict.fromkeys(Recipe.parse(recipe) for recipe in recipes))
     comparison = _Comparison(
@@ -145,10 +138,19 @@ class _Comparison:
     chunk: int | None
     progress: Progress | None
 
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise ValueError("compare: give at least one question")
+        for name, tokens in (("max_new_tokens", self.limit), ("prefill_chunk", self.chunk)):
+            if tokens is not None and tokens < 1:
+                raise ValueError(f"{name} must be at least 1, got {tokens}")
+        if self.mode not in QUESTION_MODES:
+            raise ValueError(f"mode must be one of {', '.join(QUESTION_MODES)}, got {self.mode!r}")
+
     def order(self, wanted: list[Recipe]) -> list[Recipe]:
         """The reference, unless it cannot run, and then the others; all of them checked."""
         others = [recipe for recipe in wanted if recipe != REFERENCE]
-        if not others or REFERENCE in wanted or self._fits(REFERENCE):
+        if not others or REFERENCE in wanted or self.fits(REFERENCE):
             others.insert(0, REFERENCE)
         for recipe in others:
             cache = HiveCache.for_model(self.model, recipe)
@@ -261,7 +263,8 @@ class _Comparison:
             fidelity=_summary(distances),
         )
 
-    def _fits(self, recipe: Recipe) -> bool:
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether the model stays within the length it was trained on."""
         try:
             check_length(
                 HiveCache.for_model(self.model, recipe), self.prompt.longest, self.limit, self.chunk

@@ -106,7 +106,13 @@ class Buzz(Policy):
         if self.window is not None and self.threshold is not None:
             assert sizes.given_sink is not None
             implied = sizes.given_sink + self.window + self.threshold
-        return Sizing(least=sizes.least(2), implied=implied, peak=self._peak, slack=no_slack)
+        return Sizing(
+            least=sizes.least(2),
+            implied=implied,
+            peak=self._peak,
+            outlasting=sizes.outlasting,
+            slack=no_slack,
+        )
 
     def _peak(self, budget: int) -> int:
         """The most tokens held for a nominal budget: more than it when that is to be the mean."""

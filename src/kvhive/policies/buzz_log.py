@@ -89,7 +89,11 @@ class BuzzLog(Policy):
             implied = sizes.given_sink + self.window + self.threshold
         alone = None if self.cells is None or self.window is None else self._limit
         return Sizing(
-            least=sizes.least(2 * self.stride), implied=implied, alone=alone, slack=no_slack
+            least=sizes.least(2 * self.stride),
+            implied=implied,
+            alone=alone,
+            outlasting=sizes.outlasting,
+            slack=no_slack,
         )
 
     def _limit(self, seen: int) -> int:

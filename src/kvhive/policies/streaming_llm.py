@@ -34,7 +34,7 @@ class StreamingLLM(Policy):
     @property
     def sizing(self) -> Sizing:
         """The sinks and one recent token."""
-        return Sizing(least=self.sink + 1)
+        return Sizing(least=self.sink + 1, outlasting=lambda held: min(held, self.sink))
 
     def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """Sinks and window."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvhive.policies._parts.selection import recent
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Policy, Positions
 from kvhive.slots import Slots
 
@@ -24,6 +25,11 @@ class Window(Policy):
     source: ClassVar[str] = "arXiv:2309.17453"
     cost: ClassVar[str] = "no scores; any attention kernel"
     positions: ClassVar[Positions] = "cache"
+
+    @property
+    def sizing(self) -> Sizing:
+        """What is dropped is older than all that stays."""
+        return Sizing(outlasting=lambda held: 0)
 
     def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """The last `budget` tokens of each head."""

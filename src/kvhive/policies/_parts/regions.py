@@ -69,6 +69,10 @@ class Sizes:
             sink = 1 if 4 + room + window <= SMALL else 4
         return sink + room + window
 
+    def outlasting(self, held: int) -> int:
+        """All but the window, from which nothing is dropped before it leaves."""
+        return max(0, held - int(self.regions(torch.tensor([[held]])).window))
+
     def regions(self, budget: Tensor) -> Regions:
         """Of a budget int64 `[b, K]`; by default the window is 2/7 of all but the sinks."""
         given = self.given_sink

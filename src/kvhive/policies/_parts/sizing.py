@@ -31,6 +31,8 @@ class Sizing:
     go; 0: the policy is asked after every step and decides how many stay. None: the policy needs a
     budget, or, where it takes none, nothing is limited.
     peak: the most tokens held between two steps for a nominal budget.
+    outlasting: of so many tokens held, the most that may be older than one that is dropped. Where
+    positions are counted in the cache their keys move, and may be held twice.
     slack: tokens to free beyond need when a decoded token goes over a budget.
     decoding: whether the policy evicts while decoding; some compress prompts alone.
     """
@@ -40,5 +42,6 @@ class Sizing:
     budgeted: bool = True
     alone: Callable[[int], int] | None = None
     peak: Callable[[int], int] = _same
+    outlasting: Callable[[int], int] = _same
     slack: Callable[[int], int] = some_slack
     decoding: bool = True
