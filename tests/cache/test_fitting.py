@@ -12,6 +12,7 @@ from kvhive.budget import Budget
 from kvhive.cache.fitting import fitted
 from kvhive.cache.footprint import Workload, footprint
 from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.room import HEADROOM
 from kvhive.model.outline import Outline
 from kvhive.policies import POLICIES
 from kvhive.recipe import Recipe
@@ -53,6 +54,17 @@ def test_the_cache_stays_within_the_size(model: PreTrainedModel, name: str) -> N
             assert cache.report().nbytes <= 80 * 2**10
     cache.positions_kept()
     assert cache.nbytes <= 80 * 2**10
+
+
+def test_an_answer_alone_leaves_more(model: PreTrainedModel) -> None:
+    turns, answer = (
+        HiveCache.for_model(model, "h2o", fits="80KiB", **turn).recipe.budget
+        for turn in ({}, {"turn": 1})
+    )
+    assert turns is not None
+    assert answer is not None
+    assert turns.tokens is not None
+    assert answer.tokens == turns.tokens + HEADROOM - 1
 
 
 def test_enough_for_everything_keeps_everything(outline: Outline) -> None:

@@ -20,6 +20,7 @@ from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
 from kvhive.cache.report import Report
+from kvhive.cache.room import HEADROOM
 from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
 from kvhive.model.facts import ModelFacts
@@ -66,27 +67,30 @@ class HiveCache(Cache):
         fits: int | str | None = None,
         tokens: int | None = None,
         batch: int = 1,
+        turn: int = HEADROOM,
     ) -> HiveCache:
         """An empty cache for `model`, whose attention is switched to kvhive's (other caches still
         work).
 
         recipe: a `Recipe` or its string, e.g. "buzz@0.4". profile: what was learnt about this model
         beforehand, for a recipe that reads it; an object or a file. fits: instead of a budget, the
-        most bytes the whole cache may hold between two steps ("24MiB"), for `batch` rows and
-        whatever prompts and turns come; the largest budget is taken. tokens: that will be read and
-        written in all; needed where layers or a recipe hold what was read without a bound.
+        most bytes the whole cache may hold between two steps ("24MiB"), for `batch` rows; the
+        largest budget is taken. tokens: that will be read and written in all; needed where layers
+        or a recipe hold what was read without a bound. turn: tokens that a step after the prompt
+        brings at most; the default allows for turns of any length, 1 is for one prompt and an
+        answer, and leaves the budget larger.
 
         Raises `ValueError` for a recipe that cannot work, for a model that kvhive does not support,
         naming what is missing, for a profile of another model, and for a size that nothing fits.
         """
         if isinstance(profile, str | Path):
             profile = Profile.load(profile)
-        if fits is None and (tokens is not None or batch != 1):
-            raise ValueError("tokens= and batch= say for what fits= is to hold; give fits= too")
+        if fits is None and (tokens, batch, turn) != (None, 1, HEADROOM):
+            raise ValueError("tokens=, batch= and turn= say what fits= is to hold; give fits= too")
         parsed = Recipe.parse(recipe) if fits is None else Recipe.without_budget(recipe)
         facts = attach(model)
         if fits is not None:
-            work = Workload(batch=batch, tokens=tokens)
+            work = Workload(batch=batch, tokens=tokens, turn=turn)
             outline = Outline.of(model, facts.rotations or ())
             parsed = fitted(recipe, fits, outline, work, profile)
         return cls(parsed, facts, profile)

@@ -9,7 +9,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvhive.cache.report import MIB
 from kvhive.cli.console import note, out
 
 if TYPE_CHECKING:
@@ -144,6 +143,8 @@ def _data(probe: Probe) -> dict[str, Any]:
 
 
 def _cells(result: Result) -> list[str]:
+    from kvhive.cache.report import MIB
+
     report, fidelity = result.report, result.fidelity
     return [
         f"{report.tokens_kept:,.0f}",
