@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 from typer.core import TyperGroup
 
+from kvhive.plugins import told_as_plugins
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,6 +60,8 @@ Plugin = Annotated[
         help="A Python file (or module) with tasks or methods of your own. Repeat for more.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Refuse a longer document.")]
 
 
@@ -88,7 +92,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; no traceback for what a user can cause."""
         try:
-            return super().invoke(ctx)
+            with told_as_plugins():
+                return super().invoke(ctx)
         except BrokenPipeError:  # the reader of a pipe has left; Typer ends quietly
             raise
         except _EXPECTED as error:
