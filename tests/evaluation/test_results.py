@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -99,7 +100,7 @@ def test_other_damage_is_told(tmp_path, damage, message):
     ],
 )
 def test_fields_of_other_types_are_told(tmp_path, path, value, message):
-    good, bad = unit("a")
+    good, bad = (copy.deepcopy(row) for row in unit("a"))
     place, (*above, name) = bad, path.split(".")
     for part in above:
         place = place[part]

@@ -178,9 +178,7 @@ def rows_file(folder: Path) -> tuple[Path, bytes]:
 def check_regular(path: Path) -> None:
     """Raises `ValueError` where a folder, a pipe or a device lies in a file's place."""
     if path.exists() and not path.is_file():
-        raise ValueError(
-            f"{str(path)!r} is no file, but a folder, a pipe or a device; move it away"
-        )
+        raise ValueError(f"{str(path)!r} is no file but a folder, pipe or device; move it away")
 
 
 def _line(row: Row) -> bytes:
