@@ -115,7 +115,7 @@ class Run:
             full = next((one for one in self.headline(task, mode) if one.recipe != NONE), None)
             if full is not None and full.clusters < ENOUGH:
                 sentences.append(
-                    f"{task} ({mode}): {full.clusters} {_counted(full)} are too few for intervals, "
+                    f"{task} ({mode}): {_counted(full)} too few for intervals, "
                     f"and to tell whether this task can show a loss; at least {ENOUGH} are needed"
                 )
             elif full is not None and not full.clear:
@@ -128,8 +128,11 @@ class Run:
 
 
 def _counted(score: Score) -> str:
-    """What an interval is drawn from."""
-    return "items" if score.items == score.clusters else "groups of items"
+    """What an interval is drawn from, with its verb."""
+    one, several = ("item", "items")
+    if score.items != score.clusters:
+        one, several = ("group of items", "groups of items")
+    return f"1 {one} is" if score.clusters == 1 else f"{score.clusters} {several} are"
 
 
 def _check_known(text: str, facts: Mapping[str, Any], where: str) -> None:
