@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def test_a_run_and_its_reports(folder, tmp_path):
     assert done.exit_code == 0, done.output
     for words in ("passkey", "h2o@70", "no context", "leaderboard"):
         assert words in done.stdout
-    assert "within 4 standard errors of the floor" in done.stderr.replace("\n", " ")
+    assert "1 item is too few for intervals" in done.stderr.replace("\n", " ")
+    assert "1 of 1 done" in done.stderr  # no terminal: plain lines
+    assert "\x1b" not in done.stderr
     page, figures, tables = (tmp_path / f"r.{kind}" for kind in ("html", "csv", "md"))
     got = call("report", out, "--html", page, "--csv", figures, "--markdown", tables)
     assert got.exit_code == 0, got.output
@@ -45,6 +48,11 @@ def test_a_run_and_its_reports(folder, tmp_path):
         (("--recipe", "hto@0.4"), "unknown policy 'hto'"),
         (("--mode", "awake"), "unknown mode 'awake'"),
         (("--data", "/no/where"), "there is no data folder"),
+        (("--mode", "stream"), "has no mode stream; it has agnostic and aware"),
+        (("-t", "verbatim", "--mode", "aware"), "task verbatim has no mode aware; it has agnostic"),
+        (("--seed", 10**23), "evaluate: seed must be between -2**63 and 2**63 - 1"),
+        (("--threads", 100_000), "evaluate: threads must be between 1 and 1024, got 100000"),
+        (("--jobs", 10**6), "evaluate: jobs must be between 1 and 1024, got 1000000"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, tmp_path, words, message):
@@ -56,9 +64,22 @@ def test_bad_input_is_one_sentence(folder, tmp_path, words, message):
 
 def test_missing_data_says_what_to_do(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("KVHIVE_DATA", raising=False)
-    failed = call("evaluate", "--model", folder, "--out", tmp_path / "run")
+    failed = call("evaluate", "--model", folder, "-t", "qa10", "--out", tmp_path / "run")
     assert failed.exit_code == 2
-    assert "--data hub" in " ".join(failed.stderr.split())
+    assert failed.stderr.startswith("error: task qa10: no data was given for 'qa10_nq/gold_at_0'")
+    for way in ("--data FOLDER", "--data hub", "--data builtin", "--task generated"):
+        assert way in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_and_quiet(folder, tmp_path):
+    words = ("-r", "h2o@70", "--mode", "agnostic", "--json", "--quiet")
+    done = evaluate(folder, tmp_path / "run", *words)
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["complete"] is True
+    assert {one["recipe"] for one in found["scores"]} == {"full", "h2o@70", "none"}
 
 
 def test_a_report_of_nothing(tmp_path):

@@ -125,3 +125,39 @@ def test_a_plugin_that_cannot_be_loaded_is_told(folder, tmp_path, forget, source
 def test_a_module_that_is_not_there_is_told(folder, tmp_path):
     got = one_sentence(evaluate(folder, tmp_path / "run", "--plugin", "no_such_plugin"))
     assert "no plugin 'no_such_plugin': expected a file NAME.py, or a module" in got
+
+
+BROKEN = """
+from dataclasses import dataclass
+from kvhive.evaluation.tasks import TASKS
+from kvhive.evaluation.tasks.passkey import Passkey
+
+@TASKS.register("broken")
+@dataclass(frozen=True)
+class Broken(Passkey):
+    def {method}:
+        {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "message"),
+    [
+        ("items(self, context)", "yield {}['x']", "KeyError: 'x' (FILE, line 10)"),
+        ("items(self, context)", "yield 3", "AttributeError: 'int' object has no"),
+        ("items(self, context)", "raise ValueError('odd')", "ValueError: odd (FILE, line 10)"),
+        ("items(self, context)", "return 3", "TypeError: 'int' object is not iterable (FILE)"),
+        ("run(self, tested, item, mode)", "return 1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_error_of_a_plugins_task_is_told_as_its_own(
+    folder, tmp_path, forget, method, body, message
+):
+    path = tmp_path / "mine.py"
+    path.write_text(BROKEN.format(method=method, body=body))
+    got = one_sentence(
+        evaluate(folder, tmp_path / "run", "--plugin", path, "-t", "broken", "--quiet")
+    )
+    assert f"plugin '{path}' failed: " in got
+    assert message.replace("FILE", str(path)) in got
+    assert "a bug" not in got

@@ -240,9 +240,12 @@ def test_errors_that_cannot_travel_become_text():
         ({"recipes": ("hto@0.4",)}, "unknown policy 'hto'"),
         ({"modes": ("awake",)}, "unknown mode 'awake'"),
         ({"modes": ()}, "no mode was named; known: agnostic"),
-        ({"limit": 0}, "limit must be at least 1"),
-        ({"block": 0}, "block must be at least 1"),
-        ({"tasks": ("passkey(lengths=(300, 9000))",), "limit": 0}, "limit must be at least 1"),
+        ({"limit": 0}, "limit must be between 1 and 1000000, got 0"),
+        ({"block": 0}, "block must be between 1"),
+        (
+            {"tasks": ("passkey(lengths=(300, 9000))",), "limit": 0},
+            "limit must be between 1 and 1000000, got 0",
+        ),
     ],
 )
 def test_bad_settings_are_told_before_anything_runs(settings, tmp_path, change, message):
@@ -268,7 +271,7 @@ def test_a_task_without_data_is_told(settings, tmp_path):
 
 
 def test_jobs_are_checked(settings, tmp_path):
-    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="jobs must be between 1 and 1024, got 0"):
         evaluate(settings, tmp_path / "run", jobs=0)
 
 

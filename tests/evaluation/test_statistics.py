@@ -75,7 +75,7 @@ def test_an_interval_covers_as_often_as_it_says():
     covered = 0
     for _ in range(200):
         values = {"full": rng.normal(0.5, 1, 40)}
-        found = interval(Sample(values, np.arange(40)).means("full"))
+        found = interval(Sample(values, np.arange(40)).means("full"), 40)
         covered += found.low <= 0.5 <= found.high
     assert 178 <= covered <= 199
 
@@ -125,10 +125,28 @@ def test_four_standard_errors_from_the_floor(full, clear):
 
 
 def test_a_floor_above_the_full_cache_is_not_clear():
-    sample = sample_of(rows_of({"full": [3.0, 3.1], "none": [2.0, 2.1]}), "choice")
+    sample = sample_of(rows_of({"full": [3.0, 3.1] * 3, "none": [2.0, 2.1] * 3}), "choice")
     assert clear_of_floor(sample, NLL) is False
     assert clear_of_floor(sample, PERPLEXITY) is False
     assert clear_of_floor(sample, CHOICE) is True
+
+
+@pytest.mark.parametrize(("items", "enough"), [(1, False), (2, False), (4, False), (5, True)])
+def test_a_few_items_give_no_interval_and_no_verdict(items, enough):
+    """Two that agree would otherwise look certain: 100 % +- 0."""
+    values = {"full": [1.0] * items, "a": [0.5] * items, "none": [0.0] * items}
+    found = next(s for s in scores(rows_of(values)) if s.recipe == "a")
+    for figure in (found.score, found.difference, found.ratio, found.skill):
+        assert (figure.half is not None) == enough
+    assert found.difference.value == -0.5
+    assert found.clear == enough
+    assert any(one.skills for one in standings(rows_of(values))) == enough
+
+
+def test_without_the_full_cache_nothing_is_clear():
+    rows = rows_of({"a": [1.0] * 9, "none": [0.0] * 9})
+    assert scores(rows) == []
+    assert all(not one.skills for one in standings(rows))
 
 
 def test_one_cluster_says_nothing():

@@ -16,6 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kvhive.cli.completion import complete_model
+from kvhive.plugins import told_as_plugins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +94,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; no traceback for what a user can cause."""
         try:
-            return super().invoke(ctx)
+            with told_as_plugins():
+                return super().invoke(ctx)
         except BrokenPipeError:  # the reader of a pipe has left; Typer ends quietly
             raise
         except _EXPECTED as error:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from kvhive.cli.completion import complete_recipe
-from kvhive.cli.console import Device, Dtype, Model, Plugin, Threads, err, note
-
-if TYPE_CHECKING:
-    from kvhive.evaluation.scheduler import State
+from kvhive.cli.console import Device, Dtype, Json, Model, Plugin, Quiet, Threads, err, note
+from kvhive.cli.evaluation_progress import progress
 
 STOPPED = 130  # as shells report a program that was interrupted
 _RECIPES = ["buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
@@ -45,15 +40,22 @@ def evaluate(
             "--task",
             "-t",
             metavar="TASK",
-            help="A task, 'passkey(lengths=(512, 2048))', or a group: suite, ruler, all. "
-            "Repeat for more. Default: suite.",
+            help="A task, 'passkey(lengths=(512, 2048))', or a group: generated (needs no data), "
+            "suite, ruler, long, all. Repeat for more. Default: suite; without data, generated.",
         ),
     ] = None,
     mode: Annotated[
-        str, typer.Option(metavar="MODES", help="Whether the question is compressed too.")
-    ] = "agnostic,aware",
-    limit: Annotated[int, typer.Option(min=1, metavar="ITEMS", help="Items a task.")] = 60,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+        str,
+        typer.Option(
+            metavar="MODES",
+            help="agnostic: the question comes after compression; aware: it is compressed too; "
+            "stream: texts without a question.",
+        ),
+    ] = "agnostic,aware,stream",
+    limit: Annotated[
+        int, typer.Option(min=1, max=10**6, metavar="ITEMS", help="Items a task.")
+    ] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
     data: Annotated[
         str | None,
         typer.Option(
@@ -89,6 +91,8 @@ def evaluate(
         str | None, typer.Option(metavar="ADDRESS", help="Spread over a Ray cluster, or 'auto'.")
     ] = None,
     plugin: Plugin = None,
+    json: Json = False,
+    quiet: Quiet = False,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -100,16 +104,24 @@ def evaluate(
     written item by item: a run that was stopped goes on where it was. Then see [bold]kvhive
     report FOLDER[/bold].
 
-    [dim]$[/dim] kvhive evaluate -r buzz@0.4 -r h2o@0.4 -t passkey --limit 20 --out runs/first
+    [dim]$[/dim] kvhive evaluate -r buzz@0.4 -r h2o@0.4 --limit 20 --out runs/first
     """
+    from kvhive.evaluation.data.source import named
     from kvhive.evaluation.scheduler import evaluate as run
     from kvhive.evaluation.settings import Settings
     from kvhive.model.loading import be_quiet
 
+    if not task:
+        task = ["suite" if named(data) else "generated"]
+        if not (named(data) or quiet):
+            note(
+                "no data was given, so the generated tasks are run; for all: --data FOLDER, "
+                "--data hub, or --data builtin"
+            )
     settings = Settings(
         model=model,
         recipes=tuple(recipe or _RECIPES),
-        tasks=tuple(task or ("suite",)),
+        tasks=tuple(task),
         modes=tuple(part.strip() for part in mode.split(",") if part.strip()),
         limit=limit,
         seed=seed,
@@ -120,55 +132,23 @@ def evaluate(
         device=device,
         threads=threads,
         plugins=tuple(plugin or ()),
-    ).checked()
+    )
     be_quiet()
     try:
-        with _bar() as progress:
-            run(settings, out, jobs=jobs, ray=ray, progress=progress)
+        with progress(quiet) as seen:
+            run(settings, out, jobs=jobs, ray=ray, progress=seen)
     except KeyboardInterrupt:
-        note(f"stopped; what was finished is in {str(out)!r}: the same command goes on from there")
+        if not quiet:
+            note(f"stopped; what is done is in {str(out)!r}: the same command goes on from there")
         raise typer.Exit(STOPPED) from None
-    _summary(out)
+    _summary(out, json, quiet)
 
 
-def _summary(folder: Path) -> None:
+def _summary(folder: Path, json: bool, quiet: bool) -> None:
     from kvhive.cli.report import show
     from kvhive.evaluation.report.run import Run
 
-    show(Run.read(folder))
-    err().print(f"results: {folder}; see also: kvhive report {folder} --html report.html")
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[State], None]]:
-    """A bar with the time left on stderr."""
-    columns = (
-        BarColumn(bar_width=28, complete_style="yellow", finished_style="green"),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}", style="dim"),
-    )
-    console = err()
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        bar: Any = progress.add_task("loading", total=None)
-
-        def update(state: State) -> None:
-            if state.note:
-                note(state.note)
-                return
-            left = "" if state.left is None else f"  {_clock(state.left)} left"
-            progress.update(
-                bar,
-                total=state.total,
-                completed=state.done,
-                description=f"{_clock(state.elapsed)}{left}  {state.unit}",
-            )
-
-        yield update
-
-
-def _clock(seconds: float) -> str:
-    """1:02:03, or 2:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    show(Run.read(folder), json, quiet)
+    if not quiet:
+        text = f"results: {folder}; see also: kvhive report {folder} --html report.html"
+        err().print(text, markup=False, soft_wrap=True)

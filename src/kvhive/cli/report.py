@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvhive.cli.console import Plugin, command_line, err, note, out
+from kvhive.cli.console import Json, Plugin, Quiet, command_line, err, note, out
 
 if TYPE_CHECKING:
     from kvhive.evaluation.report.run import Run
@@ -40,6 +40,8 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.")
     ] = None,
     plugin: Plugin = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what [bold]kvhive evaluate[/bold] measured: scores, losses, memory, and how sure they
     are.
@@ -51,7 +53,7 @@ def report(
     from kvhive.evaluation.report.markdown import as_markdown
     from kvhive.evaluation.report.page import report_page
     from kvhive.evaluation.report.run import Run
-    from kvhive.html.page import check_writable, write_page
+    from kvhive.html.page import check_writable
     from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
 
@@ -62,24 +64,33 @@ def report(
     run = join([Run.read(folder) for folder in folders])
     recorded = against in run.settings["recipes"]  # perhaps under a name that methods had once
     run = run.against(against if recorded else str(Recipe.parse(against)))
-    show(run)
+    show(run, json, quiet)
     if csv is not None:
-        write_page(csv, as_csv(run.scores))
-        err().print(f"figures: {csv}", soft_wrap=True)
+        _write("figures", csv, as_csv(run), quiet)
     if markdown is not None:
-        write_page(markdown, as_markdown(run, command_line()))
-        err().print(f"tables: {markdown}", soft_wrap=True)
+        _write("tables", markdown, as_markdown(run, command_line()), quiet)
     if html is not None:
-        write_page(html, report_page(run, command_line()))
-        err().print(f"report: {html}", soft_wrap=True)
+        _write("report", html, report_page(run, command_line()), quiet)
 
 
-def show(run: Run) -> None:
-    """The leaderboard and every task, on stdout; warnings on stderr."""
-    from kvhive.evaluation.report.table import leaderboard, task_tables
+def _write(what: str, path: Path, text: str, quiet: bool) -> None:
+    from kvhive.html.page import write_page
+
+    write_page(path, text)
+    if not quiet:
+        err().print(f"{what}: {path}", markup=False, soft_wrap=True)
+
+
+def show(run: Run, json: bool = False, quiet: bool = False) -> None:
+    """What is missing, every task and the leaderboard, on stdout; notes on stderr."""
+    from kvhive.evaluation.report.json import as_json
+    from kvhive.evaluation.report.table import leaderboard, task_tables, unfinished
 
     console = out()
-    for table in (*task_tables(run), leaderboard(run)):
-        console.print(table)
-    for sentence in run.unclear():
+    if json:
+        console.out(as_json(run), end="", highlight=False)
+    else:
+        for part in (*unfinished(run), *task_tables(run), leaderboard(run)):
+            console.print(part)
+    for sentence in () if quiet or json else run.unclear():
         note(sentence)

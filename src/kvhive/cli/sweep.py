@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvhive.cli.console import note, out
+from kvhive.units import MIB
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,8 +144,6 @@ def _data(probe: Probe) -> dict[str, Any]:
 
 
 def _cells(result: Result) -> list[str]:
-    from kvhive.cache.report import MIB
-
     report, fidelity = result.report, result.fidelity
     return [
         f"{report.tokens_kept:,.0f}",

@@ -22,14 +22,16 @@ from kvhive import __version__
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.evaluation.data import open_source
 from kvhive.evaluation.protocols import ModelUnderTest
+from kvhive.evaluation.row import ROW_SHAPE
+from kvhive.evaluation.schema import check
 from kvhive.evaluation.scoring import ModelRunner
-from kvhive.evaluation.settings import NONE, Settings, Unit
+from kvhive.evaluation.settings import NONE, Settings, Unit, modes_of
 from kvhive.evaluation.tasks import Conversation, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import CacheStats, Item, MeasureInput, RecipeResult
 from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import end_tokens
-from kvhive.plugins import load_plugins
+from kvhive.plugins import load_plugins, told_as_plugins
 
 Row = dict[str, Any]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -59,6 +61,7 @@ class Evaluator:
         self.plugins = load_plugins(settings.plugins)
         self.source = open_source(settings.data)
         self.tasks = {str(task): task for task in settings.parsed_tasks()}
+        self._check_data()
         self.model, tokenizer = loaded or _load(settings)
         self.recipes = settings.parsed_recipes()
         for recipe in self.recipes:
@@ -69,6 +72,15 @@ class Evaluator:
         self.tested = ModelUnderTest(runner, ChatFormat.of(tokenizer), ends, tuple(self.recipes))
         self._items: dict[str, tuple[list[Item], int]] = {}
 
+    def _check_data(self) -> None:
+        """Before the model is loaded. Raises `ValueError` or `OSError` that says what to do."""
+        for text, task in self.tasks.items():
+            for name in task.data:
+                try:
+                    self.source.records(name)
+                except ValueError as error:
+                    raise ValueError(f"task {text}: {error}") from None
+
     # ---- the plan -------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
@@ -77,7 +89,8 @@ class Evaluator:
         names: dict[Unit, str] = {}
         notes: dict[str, None] = {}
         for text, task in self.tasks.items():
-            items, too_long = self._fitting(text)
+            with told_as_plugins(type(task)):
+                items, too_long = self._fitting(text)
             if too_long:
                 most = f"more than the model's {self._most_tokens:,} tokens"
                 notes[f"{text}: items left out, {most}: {too_long}"] = None
@@ -89,7 +102,7 @@ class Evaluator:
                 notes[f"{text}: items there are, fewer than the limit: {found}"] = None
             for name in task.data:
                 notes.update(dict.fromkeys(self.source.notes(name)))
-            for mode in self.settings.modes_of(task):
+            for mode in modes_of(task, self.settings.modes):
                 for number, item in enumerate(items):
                     unit = Unit(text, mode, number)
                     units.append(unit)
@@ -111,6 +124,7 @@ class Evaluator:
             "model_sha256": self.model_hash,
             "data": {name: self.source.identity(name) for name in used},
             "plugin_sha256": self.plugins,
+            "items": {text: len(items) for text, (items, _) in self._items.items()},
         }
 
     @cached_property
@@ -162,10 +176,16 @@ class Evaluator:
         task = self.tasks[unit.task]
         item = self._fitting(unit.task)[0][unit.number]
         try:
-            results = task.run(self.tested, item, unit.mode)
-            floor = dataclasses.replace(task.floor(self.tested, item, unit.mode), recipe=NONE)
+            with told_as_plugins(type(task)):
+                return self._rows(unit, task, item)
         except (ValueError, RuntimeError, MemoryError) as error:
-            raise type(error)(f"{unit}: {error}") from error
+            kinds = (ValueError, RuntimeError, MemoryError)
+            kind = next(kind for kind in kinds if isinstance(error, kind))
+            raise kind(f"{unit}: {error}") from error
+
+    def _rows(self, unit: Unit, task: Task, item: Item) -> list[Row]:
+        results = task.run(self.tested, item, unit.mode)
+        floor = dataclasses.replace(task.floor(self.tested, item, unit.mode), recipe=NONE)
         full = results[0].outcomes
         return [self._row(unit, task, item, one, full, floor) for one in (*results, floor)]
 
@@ -188,7 +208,7 @@ class Evaluator:
             text = {} if outcome.text is None else {"text": outcome.text}
             probes.append({"scores": _rounded(values), "facts": dict(probe.facts), **text})
         means = {name: _mean(column) for name, column in columns.items()}
-        return {
+        row = {
             "task": unit.task,
             "mode": unit.mode,
             "item": item.id,
@@ -201,6 +221,8 @@ class Evaluator:
             "probes": probes,
             "facts": dict(item.facts),
         }
+        check(row, ROW_SHAPE, str(unit))
+        return row
 
 
 def _measured(start: CacheStats, end: CacheStats) -> dict[str, Any]:

@@ -13,15 +13,19 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from kvhive.evaluation.row import ROW_SHAPE, RUN_SHAPE
+from kvhive.evaluation.schema import check
+
 Row = dict[str, Any]
 RUN, ROWS, LOCK = "run.json", "rows.jsonl", "lock"
 PACKED = f"{ROWS}.gz"  # rows of a run that was published
-_FIELDS = {"task", "mode", "item", "recipe", "cluster", "scores", "probes", "facts"}
+_RESTORE = "restore it, or choose another folder"
+_DELETE = "delete that line, and kvhive evaluate computes it anew"
 _SAME = ("model_sha256", "data", "plugin_sha256")  # facts that identify a run: checksums
 
 
@@ -39,6 +43,8 @@ class ResultsFolder:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (RUN, ROWS, LOCK):
+                check_regular(self.folder / name)
             self._lock = (self.folder / LOCK).open("a")
         except OSError as error:
             raise OSError(
@@ -108,54 +114,71 @@ class ResultsFolder:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """`run.json`. Raises `FileNotFoundError` or `ValueError` for what is no run."""
+    """`run.json`, checked. Raises `FileNotFoundError` or `ValueError` for what is no run."""
     path = folder / RUN
+    check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no {RUN}")
     try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, str(error)) from None
-    parts = (run.get("settings"), run.get("facts")) if isinstance(run, dict) else ()
-    if not (parts and all(isinstance(part, dict) for part in parts)):
-        raise _damaged(path, "expected an object with settings and facts")
+        run: dict[str, Any] = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged, it is not JSON ({error}); {_RESTORE}"
+        ) from None
+    check(run, RUN_SHAPE, f"{str(path)!r} is damaged", _RESTORE)
     return run
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """All whole lines of `rows.jsonl`; a last line that was cut off by a crash is left out.
+    """The rows of `rows.jsonl`; see `numbered_rows`."""
+    return [row for _, row in numbered_rows(folder)]
 
-    A run that was published may hold them as `rows.jsonl.gz`. Raises `ValueError` for damage
-    anywhere else.
+
+def numbered_rows(folder: Path) -> Iterator[tuple[int, Row]]:
+    """All whole lines of `rows.jsonl`, checked, with their numbers from 1; a last line that was cut
+    off by a crash is left out.
+
+    A run that was published may hold them as `rows.jsonl.gz`. Raises `ValueError` that names the
+    line and the field for damage anywhere else, and for a result that is there twice.
     """
-    path = folder / ROWS
-    lines = _bytes(folder).split(b"\n")
-    rows: list[Row] = []
+    path, packed = rows_file(folder)
+    lines = packed.split(b"\n")
+    seen: dict[tuple[str, ...], int] = {}
     for number, line in enumerate(lines, start=1):
-        if not line:
+        where = f"{str(path)!r} is damaged in line {number}"
+        if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and row.keys() >= _FIELDS:
-            rows.append(row)
-        elif number < len(lines):
-            raise ValueError(
-                f"{str(path)!r} is damaged in line {number}: expected a result as a JSON object; "
-                "delete that line, and kvhive evaluate computes it anew"
-            )
-    return rows
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                return
+            raise ValueError(f"{where}: expected a result as a JSON object; {_DELETE}") from None
+        check(row, ROW_SHAPE, where, _DELETE)
+        key = tuple(row[name] for name in ("task", "mode", "item", "recipe"))
+        if key in seen:
+            raise ValueError(f"{where}: the same result as in line {seen[key]}; {_DELETE}")
+        seen[key] = number
+        yield number, row
 
 
-def _bytes(folder: Path) -> bytes:
-    if (folder / ROWS).exists():
-        return (folder / ROWS).read_bytes()
-    packed = folder / PACKED
+def rows_file(folder: Path) -> tuple[Path, bytes]:
+    """The file that holds a run's rows, and what it holds, unpacked."""
+    path, packed = folder / ROWS, folder / PACKED
+    for one in (path, packed):
+        check_regular(one)
+    if path.exists() or not packed.exists():
+        return path, path.read_bytes() if path.exists() else b""
     try:
-        return gzip.decompress(packed.read_bytes()) if packed.exists() else b""
+        return packed, gzip.decompress(packed.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{str(packed)!r} is damaged: {error}") from None
+
+
+def check_regular(path: Path) -> None:
+    """Raises `ValueError` where a folder, a pipe or a device lies in a file's place."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file but a folder, pipe or device; move it away")
 
 
 def _line(row: Row) -> bytes:
@@ -189,10 +212,6 @@ def _full(error: OSError, folder: Path) -> OSError:
         f"the disk with {str(folder)!r} is full, or no larger file is allowed there; nothing is "
         "lost: make room and run the same command again"
     )
-
-
-def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{str(path)!r} is damaged ({why}); restore it, or choose another folder")
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:

@@ -21,7 +21,9 @@ from kvhive.evaluation.workers import (
     WorkerPool,
     threads_each,
 )
+from kvhive.spec import Knob
 
+_JOBS = Knob("jobs", int, 1, least=1, most=1024)
 MOST_DEATHS = 3  # of workers at one unit
 
 
@@ -58,12 +60,12 @@ def evaluate(
     progress: called after each unit. loaded: a model and its tokenizer at hand, for `jobs=1`.
     Raises `ValueError`, `OSError` or `ImportError` with one sentence; what was written stays.
     """
-    settings = settings.checked()
     notify = progress or (lambda state: None)
+    asked, settings = settings, settings.checked()
     pool = _pool(settings, jobs, ray, loaded)
     with _Dispatcher(pool) as dispatcher, ResultsFolder(Path(out)) as results:
         plan = dispatcher.plan()
-        for note in (*pool.notes, *plan.notes):
+        for note in (*asked.notes(), *pool.notes, *plan.notes):
             notify(State(0, len(plan.units), note=note))
         wanted = _begin(results, settings, plan)
         clock = _Clock(plan, wanted)
@@ -76,8 +78,7 @@ def evaluate(
 
 
 def _pool(settings: Settings, jobs: int, ray: str | None, loaded: Loaded | None) -> WorkerPool:
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    _JOBS.check("evaluate", jobs)
     if ray is not None:
         from kvhive.evaluation.ray_workers import RayPool
 

@@ -4,16 +4,23 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvhive.evaluation.protocols import FULL
-from kvhive.evaluation.tasks import Task, parse_tasks
-from kvhive.inference.modes import MODES, QUESTION_MODES, Mode
+from kvhive.evaluation.tasks import Task, is_group, parse_tasks
+from kvhive.inference.modes import MODES, Mode
 from kvhive.plugins import load_plugins
 from kvhive.recipe import Recipe
+from kvhive.spec import Knob
 
+_BOUNDS = (
+    Knob("limit", int, 60, least=1, most=10**6),
+    Knob("seed", int, 0, least=0, most=2**63 - 1),
+    Knob("block", int | None, None, least=1, most=2**31 - 1),
+    Knob("threads", int | None, None, least=1, most=1024),
+)
 NONE = "none"  # the name of the floor among recipes: the full cache, without the context
 
 
@@ -22,18 +29,17 @@ class Settings:
     """An evaluation, as values that can be written down and sent to workers.
 
     model, dtype, device: as for `kvhive.load`. recipes, tasks: spelled as on the command line; the
-    full cache is added. modes: which of a task's modes to run; "stream" tasks know no question and
-    run in any case. limit: items a task. data: a folder, "hub" or "builtin"; None asks
-    `KVHIVE_DATA`. block: None reads prompts in one step; a number feeds them in blocks of so many
-    tokens. hold: evict nothing after the prompt. threads: CPU threads of a worker; None leaves it
-    to torch. plugins: files or modules that register tasks or methods of your own; every worker
-    loads them.
+    full cache is added. modes: which of a task's modes to run. limit: items a task. data: a folder,
+    "hub" or "builtin"; None asks `KVHIVE_DATA`, and without it only tasks that need none run.
+    block: None reads prompts in one step; a number feeds them in blocks of so many tokens. hold:
+    evict nothing after the prompt. threads: CPU threads of a worker; None leaves it to torch.
+    plugins: files or modules that register tasks or methods of your own; every worker loads them.
     """
 
     model: str = "smollm2"
     recipes: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("suite",)
-    modes: tuple[str, ...] = QUESTION_MODES
+    modes: tuple[str, ...] = MODES
     limit: int = 60
     seed: int = 0
     data: str | None = None
@@ -47,23 +53,46 @@ class Settings:
     def checked(self) -> Settings:
         """The same in normal form. Raises `ValueError` with one sentence for what cannot work.
 
-        Loads the plugins.
+        Loads the plugins. Tasks of a group that have none of the modes are left out: see `notes`.
         """
         load_plugins(self.plugins)
-        if self.limit < 1:
-            raise ValueError(f"limit must be at least 1 item a task, got {self.limit}")
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"block must be at least 1 token, got {self.block}")
+        for knob in _BOUNDS:
+            knob.check("evaluate", getattr(self, knob.name))
         if not self.modes:
             raise ValueError(f"no mode was named; known: {', '.join(MODES)}")
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         recipes = tuple(str(recipe) for recipe in self.parsed_recipes())
-        tasks = tuple(str(task) for task in self.parsed_tasks())
+        tasks = tuple(str(task) for task in self._chosen()[0])
         if not tasks:
             raise ValueError("no task was named")
         return replace(self, recipes=recipes, tasks=tasks)
+
+    def notes(self) -> list[str]:
+        """What `checked` leaves out."""
+        return [_no_mode(task, self.modes) + "; it is left out" for task in self._chosen()[1]]
+
+    def _chosen(self) -> tuple[list[Task], list[Task]]:
+        """The tasks to run, each once, and those of groups that have none of the modes.
+
+        Raises `ValueError` for a task named by itself that has none, and where nothing is left.
+        """
+        chosen: dict[str, Task] = {}
+        left_out: dict[str, Task] = {}
+        for text in self.tasks:
+            for task in parse_tasks([text]):
+                if modes_of(task, self.modes):
+                    chosen[str(task)] = task
+                elif is_group(text):
+                    left_out[str(task)] = task
+                else:
+                    raise ValueError(_no_mode(task, self.modes))
+        if left_out and not chosen:
+            raise ValueError(
+                f"no task of {', '.join(self.tasks)} has the mode {' or '.join(self.modes)}"
+            )
+        return list(chosen.values()), list(left_out.values())
 
     def parsed_recipes(self) -> list[Recipe]:
         """The full cache first, then every other recipe once."""
@@ -74,13 +103,6 @@ class Settings:
         """The tasks, each once."""
         return parse_tasks(list(self.tasks))
 
-    def modes_of(self, task: Task) -> list[Mode]:
-        """The modes in which this run asks a task: those wanted, or all it has if it has none of
-        them.
-        """
-        wanted = [mode for mode in task.modes if mode in self.modes or mode == "stream"]
-        return wanted or list(task.modes)
-
     def identity(self) -> dict[str, Any]:
         """What must agree for rows to belong to one run (data and plugins by their checksums, see
         `Evaluator.facts`).
@@ -88,6 +110,16 @@ class Settings:
         values = asdict(self)
         del values["threads"], values["data"], values["plugins"]
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def modes_of(task: Task, wanted: Collection[str]) -> list[Mode]:
+    """Which of a task's modes are among those wanted."""
+    return [mode for mode in task.modes if mode in wanted]
+
+
+def _no_mode(task: Task, wanted: Sequence[str]) -> str:
+    has = " and ".join(task.modes)
+    return f"task {task} has no mode {' or '.join(wanted)}; it has {has}"
 
 
 @dataclass(frozen=True)

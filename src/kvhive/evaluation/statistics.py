@@ -7,7 +7,7 @@ for every recipe of a task, so that differences are paired.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 from zlib import crc32
@@ -22,6 +22,7 @@ from kvhive.evaluation.tasks import parse_task
 DRAWS = 2000
 LEVEL = 0.95
 LEAST = 1e-9  # denominators below count as nothing
+ENOUGH = 5  # items (clusters) that an interval or a verdict takes at least
 CLEAR = 4.0  # standard errors between the full cache and the floor of a task that can show a loss
 FULL = "full"
 
@@ -31,11 +32,24 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % interval; low and high are None where there are too few items for one
+    (`ENOUGH`).
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def half(self) -> float | None:
+        """Half of its width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """low and high; the value itself where there is no interval."""
+        low, high = self.low, self.high
+        return (self.value, self.value) if low is None or high is None else (low, high)
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,8 @@ class Score:
     score / its score, or the inverse where lower is better, so that 1 is no loss; None where a
     ratio means nothing. full, floor: the scores with the full cache and with no context. skill:
     (score - floor) / (full - floor), 1 like the full cache, 0 like no context; None without a
-    floor. items: how many; clear: whether the full cache is at least 4 standard errors better than
-    the floor.
+    floor. items: how many; clusters: how many of them are drawn apart; clear: whether the full
+    cache is at least 4 standard errors better than the floor, of enough items.
     """
 
     task: str
@@ -56,6 +70,7 @@ class Score:
     recipe: str
     measure: Measure
     items: int
+    clusters: int
     score: Interval
     against: str
     full: float
@@ -77,11 +92,20 @@ class Sample:
     values: Mapping[str, Numbers]
     clusters: npt.NDArray[np.int64]
     seed: int = 0
+    _means: dict[str, Numbers] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def count(self) -> int:
+        """Clusters."""
+        return int(self.clusters.max()) + 1
 
     def means(self, recipe: str) -> Numbers:
         """The mean, first of all items, then of each bootstrap draw: `[1 + DRAWS]`."""
-        values = self.values[recipe]
-        count = int(self.clusters.max()) + 1
+        if recipe not in self._means:
+            self._means[recipe] = self._drawn(self.values[recipe], self.count)
+        return self._means[recipe]
+
+    def _drawn(self, values: Numbers, count: int) -> Numbers:
         sums = np.bincount(self.clusters, weights=values, minlength=count)
         sizes = np.bincount(self.clusters, minlength=count).astype(np.float64)
         drawn = draws(count, self.seed)
@@ -90,7 +114,7 @@ class Sample:
 
     def standard_error(self, values: Numbers) -> float:
         """Of the mean of `values`, clusters counting as one observation each."""
-        count = int(self.clusters.max()) + 1
+        count = self.count
         if count < 2:
             return float("inf")
         sizes = np.bincount(self.clusters, minlength=count)
@@ -104,8 +128,12 @@ def draws(count: int, seed: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, count, (DRAWS, count))
 
 
-def interval(values: Numbers) -> Interval:
-    """From a value followed by its bootstrap draws."""
+def interval(values: Numbers, count: int) -> Interval:
+    """From a value followed by its bootstrap draws of `count` clusters; without bounds where those
+    are fewer than `ENOUGH`.
+    """
+    if count < ENOUGH:
+        return Interval(float(values[0]), None, None)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(values[1:], [tail, 100 - tail])
     return Interval(float(values[0]), float(low), float(high))
@@ -163,20 +191,21 @@ def _score(
     shown = np.exp if measure.unit == "perplexity" else np.asarray
     ours, other = shown(sample.means(recipe)), shown(sample.means(against))
     floor = float(shown(sample.means(NONE))[0]) if NONE in sample.values else None
-    skill = _skill(sample, recipe)
+    skill, count = _skill(sample, recipe), sample.count
     return Score(
         task,
         mode,
         recipe,
         measure,
         len(sample.clusters),
-        interval(ours),
+        count,
+        interval(ours, count),
         against,
         float(shown(sample.means(FULL))[0]),
         floor,
-        interval(ours - other),
-        _ratio(ours, other, measure),
-        None if skill is None else interval(skill[~np.isnan(skill)]),
+        interval(ours - other, count),
+        _ratio(ours, other, measure, count),
+        None if skill is None else interval(skill[~np.isnan(skill)], count),
         clear_of_floor(sample, measure),
         *(_mean_of(held, name) for name in ("kept", "seen", "bytes", "full_bytes")),
     )
@@ -184,9 +213,9 @@ def _score(
 
 def clear_of_floor(sample: Sample, measure: Measure) -> bool:
     """Whether the full cache beats the floor by at least 4 standard errors of the paired
-    difference.
+    difference, and there are enough items to tell.
     """
-    if NONE not in sample.values:
+    if not {FULL, NONE} <= sample.values.keys() or sample.count < ENOUGH:
         return False
     gain = sample.values[FULL] - sample.values[NONE]
     gain = -gain if measure.lower_is_better else gain
@@ -202,18 +231,19 @@ def _skill(sample: Sample, recipe: str) -> Numbers | None:
     return _divided(sample.means(recipe) - floor, sample.means(FULL) - floor)
 
 
-def _ratio(ours: Numbers, full: Numbers, measure: Measure) -> Interval | None:
+def _ratio(ours: Numbers, full: Numbers, measure: Measure, count: int) -> Interval | None:
     if measure.unit == "nats" and not measure.lower_is_better:
         return None  # gains and margins may be negative
     if abs(full[0]) < LEAST:
         return None
-    return _quotient(full, ours) if measure.lower_is_better else _quotient(ours, full)
+    part, whole = (full, ours) if measure.lower_is_better else (ours, full)
+    return _quotient(part, whole, count)
 
 
-def _quotient(part: Numbers, whole: Numbers) -> Interval | None:
+def _quotient(part: Numbers, whole: Numbers, count: int) -> Interval | None:
     """None where the denominator is nothing, or whose sign a draw can change."""
     found = _divided(part, whole)
-    return None if found is None else interval(found[~np.isnan(found)])
+    return None if found is None else interval(found[~np.isnan(found)], count)
 
 
 def _divided(part: Numbers, whole: Numbers) -> Numbers | None:
@@ -265,7 +295,7 @@ def _standing(recipe: str, skills: Mapping[str, list[Numbers]], rows: Sequence[R
     held = [row for row in rows if row["recipe"] == recipe]
     return Standing(
         recipe,
-        {mode: interval(np.nanmean(each, axis=0)) for mode, each in skills.items()},
+        {mode: interval(np.nanmean(each, axis=0), ENOUGH) for mode, each in skills.items()},
         {mode: len(each) for mode, each in skills.items()},
         float(np.mean([row["kept"] / max(1, row["seen"]) for row in held])),
         float(np.mean([row["bytes"] / max(1, row["full_bytes"]) for row in held])),

@@ -1,21 +1,21 @@
-"""Data sets of the Hugging Face hub, through the `datasets` package, at fixed commits."""
+"""Public data sets through the `datasets` package: from the Hugging Face hub, and from GitHub."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvhive.evaluation.data.catalogue import CATALOGUE, DataSet, Hub, Record, find
-from kvhive.evaluation.data.schema import check
-
-MOST_ROWS = 2000  # of a split: evaluation takes the first few hundred
+from kvhive.evaluation.data.catalogue import DataSet, Record, find
+from kvhive.evaluation.data.public import Hub
+from kvhive.evaluation.schema import check
 
 
 class HubSource:
-    """Records by name. mirror: a folder with a copy of each data set, `mirror/owner/name`, read
-    instead of the hub.
+    """Records by name. mirror: a folder with copies, `mirror/owner/name` of what is on the hub and
+    `mirror/host/path` of other files, read instead.
     """
 
     def __init__(self, mirror: Path | None = None) -> None:
@@ -25,65 +25,63 @@ class HubSource:
     def records(self, name: str) -> list[Record]:
         """See `Source`."""
         if name not in self._read:
-            data = find(name)
-            self._read[name] = self._load(data, _hub(data))
+            self._read[name] = self._load(find(name))
         return self._read[name]
 
     def identity(self, name: str) -> str:
-        """The data set and its commit."""
-        hub = _hub(find(name))
-        return f"hub:{hub.path}@{hub.revision}"
+        """The data set, its commit where there is one, and the SHA-256 sum of the records."""
+        text = json.dumps(self.records(name), sort_keys=True)
+        return f"hub:{find(name).hub.address} sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
     def notes(self, name: str) -> list[str]:
-        """Nothing."""
-        return []
+        """That these are not the items of the published figures."""
+        return [
+            "data from the hub are other items than those of the published figures: of the same "
+            "kind, so rankings compare and single scores do not"
+        ]
 
-    def _load(self, data: DataSet, hub: Hub) -> list[Record]:
-        rows = _joined(self._rows(hub)) if hub.join else self._rows(hub)
-        records: list[Record] = []
-        for number, row in enumerate(rows):
-            for record in hub.convert(number, row):
-                check(record, data.fields, f"{hub.path}, row {number}")
-                records.append(record)
+    def _load(self, data: DataSet) -> list[Record]:
+        address = data.hub.address
+        try:
+            records = list(data.hub.convert(self._rows(data.hub)))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{address} has other columns than expected for {data.name!r} "
+                f"({type(error).__name__}: {error}); give the data as a folder (--data FOLDER)"
+            ) from error
+        for number, record in enumerate(records):
+            check(record, data.record, f"{address}, record {number}")
         if not records:
-            raise ValueError(f"{hub.path} gave no usable rows for {data.name!r}")
+            raise ValueError(f"{address} gave no usable rows for {data.name!r}")
         return records
 
     def _rows(self, hub: Hub) -> Iterable[Record]:
-        """The split's rows; a split that is joined to one text is taken whole."""
         try:
             import datasets
         except ImportError:
             raise ImportError(
                 "data from the hub needs the package datasets: pip install 'kvhive[eval]'"
             ) from None
-        if self._mirror is not None:
-            hub = replace(hub, path=str(self._mirror / hub.path), revision="")
         try:
-            found: Any = datasets.load_dataset(
-                hub.path, hub.config, split=hub.split, revision=hub.revision or None
-            )
+            found: Any = datasets.load_dataset(**_request(hub, self._mirror))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise OSError(
-                f"cannot load {hub.path} from the hub: {reason}; check the network, or give the "
-                "data as a folder (--data FOLDER)"
+                f"cannot load {hub.address}: {reason}; check the network, give the data as a "
+                "folder (--data FOLDER), or run tasks that need none (-t generated)"
             ) from error
-        rows: Iterable[Record] = (
-            found if hub.join else found.select(range(min(MOST_ROWS, len(found))))
-        )
+        rows: Iterable[Record] = found.select(range(min(hub.rows or len(found), len(found))))
         return rows
 
 
-def _hub(data: DataSet) -> Hub:
-    if data.hub is None:
-        known = ", ".join(name for name, one in CATALOGUE.items() if one.hub)
-        raise ValueError(
-            f"data set {data.name!r} is not on the hub in this form; give it in a folder (--data "
-            f"FOLDER, {data.file}). From the hub come: {known}"
-        )
-    return data.hub
-
-
-def _joined(rows: Iterable[Record]) -> list[Record]:
-    return [{"text": "".join(str(row["text"]) for row in rows)}]
+def _request(hub: Hub, mirror: Path | None) -> dict[str, Any]:
+    """What `load_dataset` is called with."""
+    path, files, revision = hub.path, hub.files, hub.revision
+    if mirror is not None and path == "json":
+        files = str(mirror / str(files).partition("://")[2])
+    elif mirror is not None:
+        path, revision = str(mirror / path), None
+    request: dict[str, Any] = {"path": path, "name": hub.config, "split": hub.split}
+    if files is not None:
+        request["data_files"] = {hub.split: files}
+    return {**request, "revision": revision} if revision else request

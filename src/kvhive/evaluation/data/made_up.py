@@ -167,12 +167,6 @@ def _shared(rng: random.Random, number: int, part: str) -> Record:
     return {"id": f"shared{number}", "ctxs": documents, "turns": turns}
 
 
-def _pairs(rng: random.Random, number: int, part: str) -> Record:
-    pairs = [[random_uuid(rng), random_uuid(rng)] for _ in range(75)]
-    key, value = rng.choice(pairs)
-    return {"id": f"kv{number}", "records": pairs, "key": key, "value": value}
-
-
 def random_uuid(rng: random.Random) -> str:
     """A UUID drawn from `rng`."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
@@ -210,7 +204,6 @@ _MAKERS: dict[str, Callable[[random.Random, int, str], Record]] = {
     "books": _book,
     "cnn_dailymail": _summary,
     "hotpotqa_10": _hotpot,
-    "kv_retrieval": _pairs,
     "longbench_mini": _many_shot,
     "multi_news": _summary,
     "qa10_nq": _ten,

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from kvhive.evaluation.data import made_up
 from kvhive.evaluation.data.catalogue import DataSet, Record, find
-from kvhive.evaluation.data.schema import check
+from kvhive.evaluation.schema import check
 
 VARIABLE = "KVHIVE_DATA"
 _HELP = (
     "give --data FOLDER or set KVHIVE_DATA (files as in docs/evaluation.md), --data hub to "
-    "download with the `datasets` package, or --data builtin for a little made-up text"
+    "download with the `datasets` package, or --data builtin for a little made-up text; "
+    "--task generated needs none"
 )
 
 
@@ -36,13 +37,14 @@ class Source(Protocol):
 
 
 def open_source(where: str | None) -> Source:
-    """The source that `--data` or `KVHIVE_DATA` names: a folder, "hub" or "builtin".
+    """The source that `--data` or `KVHIVE_DATA` names: a folder, "hub" or "builtin"; one that holds
+    nothing when neither is given.
 
-    Raises `ValueError` when neither is given, `FileNotFoundError` when there is no such folder.
+    Raises `FileNotFoundError` when there is no such folder.
     """
-    place = where or os.environ.get(VARIABLE)
-    if not place:
-        raise ValueError(f"there is no evaluation data: {_HELP}")
+    place = named(where)
+    if place is None:
+        return Nothing()
     if place == "builtin":
         return Builtin()
     if place == "hub":
@@ -53,6 +55,28 @@ def open_source(where: str | None) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no data folder {place!r}: {_HELP}")
     return Folder(folder)
+
+
+def named(where: str | None) -> str | None:
+    """What `--data` says, or else `KVHIVE_DATA`."""
+    return where or os.environ.get(VARIABLE) or None
+
+
+class Nothing:
+    """No data: for tasks that generate what they ask."""
+
+    def records(self, name: str) -> list[Record]:
+        """Raises `ValueError` that says how to give data."""
+        raise ValueError(f"no data was given for {find(name).name!r}: {_HELP}")
+
+    def identity(self, name: str) -> str:
+        """Raises `ValueError`, as `records`."""
+        self.records(name)
+        return ""
+
+    def notes(self, name: str) -> list[str]:
+        """Nothing."""
+        return []
 
 
 class Folder:
@@ -106,7 +130,7 @@ def _parse(packed: bytes, data: DataSet, path: Path) -> list[Record]:
             record: Any = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error.msg})") from None
-        check(record, data.fields, where)
+        check(record, data.record, where)
         records.append(record)
     if not records:
         raise ValueError(f"{path} is empty: it holds no records")

@@ -81,17 +81,19 @@ def ticks(low: float, high: float) -> list[float]:
 
 def quality_plot(points: Sequence[Point], across: str, up: str) -> str:
     """Every recipe with its interval; the Pareto front is ringed and joined."""
-    lows, highs = [one.up.low for one in points], [one.up.high for one in points]
+    bounds = [one.up.bounds for one in points]
+    lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
     room = (max(highs) - min(lows)) * 0.08 or 0.5
     most = max(one.across for one in points) * 1.06
     frame = _Frame(0.0, most, min(lows) - room, max(highs) + room)
     best = sorted((one for one in points if one.front), key=lambda one: one.across)
     line = " ".join(f"{frame.x(one.across):.1f},{frame.y(one.up.value):.1f}" for one in best)
     parts = [frame.axes(across, up), f'<polyline class="front" points="{line}"/>']
-    for one in points:
+    for one, (low, high) in zip(points, bounds, strict=True):
         x, y = frame.x(one.across), frame.y(one.up.value)
-        top, bottom = frame.y(one.up.high), frame.y(one.up.low)
-        label = f"{one.name}: {one.up.value:.4g} ({one.up.low:.4g} .. {one.up.high:.4g})"
+        top, bottom = frame.y(high), frame.y(low)
+        between = "" if one.up.half is None else f" ({low:.4g} .. {high:.4g})"
+        label = f"{one.name}: {one.up.value:.4g}{between}"
         ring = _ring(one.name, x, y) if one.front else ""
         parts.append(
             f'<g style="--c:{one.colour}"><line class="whisker" x1="{x:.1f}" x2="{x:.1f}" '

@@ -34,7 +34,9 @@ def join(runs: Sequence[Run]) -> Run:
     recipes = dict.fromkeys(name for run in runs for name in run.settings["recipes"])
     settings = {**first.settings, "recipes": list(recipes)}
     joined = [row for of_item in rows.values() for row in of_item.values()]
-    return Run.made_of(" + ".join(run.name for run in runs), settings, first.facts, joined)
+    lacking = list(dict.fromkeys(one for run in runs for one in run.missing))
+    name = " + ".join(run.name for run in runs)
+    return Run.made_of(name, settings, first.facts, joined, lacking)
 
 
 def _key(row: Row) -> Key:

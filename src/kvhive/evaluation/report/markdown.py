@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvhive.evaluation.report.run import Run
+from kvhive.evaluation.report.run import NO_LEADERBOARD, Run
 from kvhive.evaluation.report.table import (
     score_cells,
     score_title,
@@ -23,6 +23,7 @@ def as_markdown(run: Run, command: str) -> str:
     lines = [
         f"# {run.name}",
         "",
+        *_unfinished(run),
         ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None) + ".",
         "± is half of a 95 % bootstrap interval, paired on the same items in comparisons. MiB",
         "are counted when decoding begins. Skill is (score - floor) / (full - floor); the floor is",
@@ -31,10 +32,7 @@ def as_markdown(run: Run, command: str) -> str:
         "",
         "## leaderboard: mean skill",
         "",
-        *_table(
-            ("recipe", "kept", "bytes", *run.modes),
-            (standing_cells(one, run.modes) for one in run.standings),
-        ),
+        *_leaderboard(run),
     ]
     for task, mode in run.parts:
         scores = run.headline(task, mode)
@@ -47,6 +45,18 @@ def as_markdown(run: Run, command: str) -> str:
                 *_table(titles, map(score_cells, scores)),
             ]
     return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+
+
+def _unfinished(run: Run) -> list[str]:
+    head, *parts = run.unfinished() or [""]
+    return [f"**{head}; missing:**", "", *(f"- {part}" for part in parts), ""] if head else []
+
+
+def _leaderboard(run: Run) -> list[str]:
+    if not run.ranked:
+        return [f"{NO_LEADERBOARD}."]
+    titles = ("recipe", "kept", "bytes", *run.modes)
+    return _table(titles, (standing_cells(one, run.modes) for one in run.standings))
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

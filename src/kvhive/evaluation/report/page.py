@@ -10,7 +10,7 @@ from typing import Any
 
 from kvhive.cache.report import MIB
 from kvhive.evaluation.report.charts import Point, heat_map, quality_plot, turn_plot
-from kvhive.evaluation.report.run import Run, front
+from kvhive.evaluation.report.run import NO_LEADERBOARD, Run, front
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import FULL, Interval, Score, Standing, by_fact
 from kvhive.html.page import COLOURS, GREY, page
@@ -36,7 +36,9 @@ def report_page(run: Run, command: str) -> str:
     colours = _colours(run)
     parts = [
         f"<style>\n{_resource('page.css')}</style>",
+        *_unfinished(run),
         "<h2>Leaderboard</h2>",
+        "" if run.ranked else f'<p class="note warn">{NO_LEADERBOARD}.</p>',
         _leaderboard(run),
         f'<p class="note">{_SKILL_NOTE}</p>',
         _legend(colours),
@@ -57,6 +59,13 @@ def report_page(run: Run, command: str) -> str:
     ]
     footer = f"{_MEASURED}<code>{escape(command)}</code>"
     return page("report", run.name, facts, "\n".join(parts), footer, script="map.js")
+
+
+def _unfinished(run: Run) -> list[str]:
+    """A warning on top of the page."""
+    head, *parts = map(escape, run.unfinished() or [""])
+    lines = "".join(f"<li>{part}</li>" for part in parts)
+    return [f'<div class="note warn"><p>{head}; missing:</p><ul>{lines}</ul></div>'] if head else []
 
 
 def _colours(run: Run) -> dict[str, str]:
@@ -116,8 +125,8 @@ def _number(value: float | None, text: str) -> str:
 def _percent(figure: Interval | None) -> str:
     if figure is None:
         return "-"
-    half = 50 * (figure.high - figure.low)
-    return f"{figure.value:.1%}<br><small>± {half:.1f}</small>"
+    half = "-" if figure.half is None else f"{100 * figure.half:.1f}"
+    return f"{figure.value:.1%}<br><small>± {half}</small>"
 
 
 def _score_cell(score: Score) -> str:

@@ -7,16 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvhive.evaluation.results import read_rows, read_run
+from kvhive.evaluation.report.missing import Missing, missing
+from kvhive.evaluation.results import RUN, numbered_rows, read_run, rows_file
 from kvhive.evaluation.settings import NONE
-from kvhive.evaluation.statistics import Row, Score, Standing, scores, standings
+from kvhive.evaluation.statistics import ENOUGH, Row, Score, Standing, scores, standings
 from kvhive.evaluation.tasks import parse_task
 from kvhive.inference.modes import MODES
+
+UNFINISHED = "this run is unfinished: the same kvhive evaluate command goes on with it"
+NO_LEADERBOARD = "no leaderboard: none of the tasks can show a loss here"
 
 
 @dataclass(frozen=True)
 class Run:
-    """settings and facts as recorded; rows as read; scores and standings worked out of them."""
+    """settings and facts as recorded; rows as read; scores and standings worked out of them;
+    missing: what was to be run and was not.
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -24,29 +30,49 @@ class Run:
     rows: list[Row]
     scores: list[Score]
     standings: list[Standing]
+    missing: list[Missing]
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Raises `FileNotFoundError` for what is no run, `ValueError` for one without rows."""
+        """Raises `FileNotFoundError` for what is no run, `ValueError` for one without rows, and
+        for damage, naming file, line and field.
+        """
         recorded = read_run(folder)
-        rows = read_rows(folder)
+        settings, facts = recorded["settings"], recorded["facts"]
+        for text in settings["tasks"]:
+            _check_known(text, facts, f"{str(folder / RUN)!r}, field 'settings.tasks'")
+        numbered = dict(numbered_rows(folder))
+        tasks = {row["task"]: number for number, row in reversed(numbered.items())}
+        for text, number in tasks.items():
+            where = f"{str(rows_file(folder)[0])!r}, line {number}, field 'task'"
+            _check_known(text, facts, where)
+        rows = list(numbered.values())
         if not rows:
             raise ValueError(f"{str(folder)!r} holds no results yet; run kvhive evaluate first")
-        settings, facts = recorded["settings"], recorded["facts"]
-        _check_known(rows, facts)
-        return cls.made_of(folder.resolve().name, settings, facts, rows)
+        found = missing(settings, facts, rows)
+        return cls.made_of(folder.resolve().name, settings, facts, rows, found)
 
     @classmethod
     def made_of(
-        cls, name: str, settings: Mapping[str, Any], facts: Mapping[str, Any], rows: list[Row]
+        cls,
+        name: str,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        rows: list[Row],
+        missing: list[Missing],
     ) -> Run:
         """With the figures that follow from the rows."""
-        return cls(name, settings, facts, rows, scores(rows), standings(rows))
+        return cls(name, settings, facts, rows, scores(rows), standings(rows), missing)
 
     @property
     def parts(self) -> list[tuple[str, str]]:
         """(task, mode) in the order they were run."""
         return list(dict.fromkeys((row["task"], row["mode"]) for row in self.rows))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether there is a leaderboard: whether some task can show a loss."""
+        return bool(self.modes)
 
     @property
     def modes(self) -> list[str]:
@@ -73,12 +99,26 @@ class Run:
         """The rows of one part."""
         return [row for row in self.rows if (row["task"], row["mode"]) == (task, mode)]
 
+    def unfinished(self) -> list[str]:
+        """What is missing, a sentence for each part below a first that says so; empty if nothing
+        is.
+        """
+        if not self.missing:
+            return []
+        parts = len({(one.task, one.mode) for one in self.missing})
+        return [f"{UNFINISHED} (in {parts} of its tasks and modes)", *map(str, self.missing)]
+
     def unclear(self) -> list[str]:
         """Sentences on tasks that cannot show a loss here."""
         sentences = []
         for task, mode in self.parts:
             full = next((one for one in self.headline(task, mode) if one.recipe != NONE), None)
-            if full is not None and not full.clear:
+            if full is not None and full.clusters < ENOUGH:
+                sentences.append(
+                    f"{task} ({mode}): {_counted(full)} too few for intervals, "
+                    f"and to tell whether this task can show a loss; at least {ENOUGH} are needed"
+                )
+            elif full is not None and not full.clear:
                 sentences.append(
                     f"{task} ({mode}): the full cache's {full.measure.name} of {full.full:.3g} is "
                     f"within 4 standard errors of the floor ({_spelled(full.floor)}): this task "
@@ -87,16 +127,22 @@ class Run:
         return sentences
 
 
-def _check_known(rows: list[Row], facts: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for rows of a task that only a plugin of the run defines."""
-    for text in dict.fromkeys(row["task"] for row in rows):
-        try:
-            parse_task(text)
-        except ValueError as error:
-            if not facts.get("plugin_sha256"):
-                raise
-            names = " ".join(f"--plugin {name}" for name in facts["plugin_sha256"])
-            raise ValueError(f"{error}; the run had {names}: give that here too") from None
+def _counted(score: Score) -> str:
+    """What an interval is drawn from, with its verb."""
+    one, several = ("item", "items")
+    if score.items != score.clusters:
+        one, several = ("group of items", "groups of items")
+    return f"1 {one} is" if score.clusters == 1 else f"{score.clusters} {several} are"
+
+
+def _check_known(text: str, facts: Mapping[str, Any], where: str) -> None:
+    """Raises `ValueError` for an unknown task, perhaps one that a plugin of the run defines."""
+    try:
+        parse_task(text)
+    except ValueError as error:
+        names = " ".join(f"--plugin {name}" for name in facts.get("plugin_sha256", {}))
+        advice = f"; the run had {names}: give that here too" if names else ""
+        raise ValueError(f"{where}: {error}{advice}") from None
 
 
 def front(points: list[tuple[float, float]]) -> list[bool]:

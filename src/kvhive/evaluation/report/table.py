@@ -9,13 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kvhive.cache.report import MIB
-from kvhive.evaluation.report.run import Run
+from kvhive.evaluation.report.run import NO_LEADERBOARD, Run
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import FULL, Interval, Score, Standing
 
 
-def leaderboard(run: Run) -> Table:
-    """Recipes by mean skill over the tasks that can show a loss."""
+def leaderboard(run: Run) -> Table | Text:
+    """Recipes by mean skill over the tasks that can show a loss; a sentence where none can."""
+    if not run.ranked:
+        return Text(f"{NO_LEADERBOARD}.", style="bold yellow")
     table = _frame("leaderboard: 100 % like the full cache, 0 % like no context")
     table.add_column("recipe", overflow="fold", min_width=20)
     for title in ("kept", "bytes", *run.modes):
@@ -24,6 +26,18 @@ def leaderboard(run: Run) -> Table:
         name, *cells = standing_cells(one, run.modes)
         table.add_row(Text(name, style="bold"), *cells)
     return table
+
+
+def unfinished(run: Run) -> list[Text]:
+    """A warning, and a line for everything that is missing."""
+    if not run.missing:
+        return []
+    head, *parts = run.unfinished()
+    return [
+        Text(f"{head}; missing:", style="bold red"),
+        *(Text(f"  {part}", style="red") for part in parts),
+        Text(),
+    ]
 
 
 def task_tables(run: Run) -> list[Table]:
@@ -76,14 +90,15 @@ def standing_cells(one: Standing, modes: Sequence[str]) -> list[str]:
 
 
 def _with_half(figure: Interval) -> str:
-    return f"{figure.value:+.3g} ± {(figure.high - figure.low) / 2:.2g}"
+    half = "-" if figure.half is None else f"{figure.half:.2g}"
+    return f"{figure.value:+.3g} ± {half}"
 
 
 def _share(figure: Interval | None) -> str:
     if figure is None:
         return "-"
-    half = (figure.high - figure.low) / 2
-    return f"{figure.value:.1%} ± {100 * half:.1f}"
+    half = "-" if figure.half is None else f"{100 * figure.half:.1f}"
+    return f"{figure.value:.1%} ± {half}"
 
 
 def _frame(title: str) -> Table:

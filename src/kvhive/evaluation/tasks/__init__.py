@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvhive.evaluation.tasks.base import TASKS, Conversation, Task, parse_task
 from kvhive.registry import import_all
 
-__all__ = ["GROUPS", "TASKS", "Conversation", "Task", "parse_task", "parse_tasks"]
+__all__ = ["GROUPS", "TASKS", "Conversation", "Task", "is_group", "parse_task", "parse_tasks"]
 
 import_all(__name__, __path__)
 
@@ -32,7 +32,38 @@ _RULER = (
     "fwe",
     "ruler_qa",
 )
-GROUPS: dict[str, tuple[str, ...]] = {"suite": _SUITE, "ruler": _RULER, "all": tuple(TASKS)}
+# Those of the generators that a small model can do: no data is needed.
+_GENERATED = (
+    "verbatim(hay='prose')",
+    "passkey(hay='prose')",
+    "niah_multikey(hay='prose')",
+    "word_codes(hay='prose', asked=2)",
+    "kv",
+    "ruler_qa",
+    "vt(hay='prose')",
+    "cwe",
+    "fwe",
+)
+# The same at a length that cache compression is for: 4,096 tokens.
+_LONG = (
+    "verbatim(hay='prose', tokens=4096)",
+    "passkey(hay='prose', lengths=(4096,))",
+    "niah_multikey(hay='prose', tokens=4096)",
+    "word_codes(hay='prose', pairs=32, asked=2, tokens=4096)",
+    "kv(pairs=48)",
+)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "suite": _SUITE,
+    "generated": _GENERATED,
+    "long": _LONG,
+    "ruler": _RULER,
+    "all": tuple(TASKS),
+}
+
+
+def is_group(text: str) -> bool:
+    """Whether it names several tasks."""
+    return text.strip() in GROUPS
 
 
 def parse_tasks(texts: list[str]) -> list[Task]:

@@ -65,6 +65,18 @@ class Conversation(Task):
         return way(tested, item, part, mode, self.most_aware)
 
 
+@dataclass(frozen=True)
+class InText(Task):
+    """Base of tasks that hide what they ask in a long text, of a book or made up."""
+
+    hay: str = knob("book", "text around; 'prose': made up, needs no data", among=("book", "prose"))
+
+    @property
+    def data(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Books, where the text is one."""
+        return ("books",) if self.hay == "book" else ()
+
+
 TASKS: Registry[Task] = Registry("task")
 
 

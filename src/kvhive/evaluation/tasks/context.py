@@ -9,8 +9,9 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from kvhive.evaluation.data import Record, Source
+from kvhive.evaluation.data import Record, Source, made_up
 
+_SHORTEST = 12  # tokens of a made-up sentence, at least
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -50,29 +51,34 @@ class TaskContext:
             kept.append(one)
         return " ".join(kept) or str(self.tokenizer.decode(list(self.ids(text)[:tokens])))
 
-    def book(self, rng: Random, tokens: int) -> tuple[int, ...]:
-        """Ids of `tokens` tokens of a random book from a random paragraph on.
+    def passage(self, rng: Random, tokens: int, hay: str = "book") -> tuple[int, ...]:
+        """Ids of `tokens` tokens of running text. hay: "book", a random one from a random paragraph
+        on, or "prose", made-up sentences.
 
         Raises `ValueError` when no book is that long.
         """
-        text = rng.choice(self.records("books"))["text"]
-        start = text.find("\n\n", rng.randrange(max(1, len(text) - 8 * tokens))) + 2
-        ids = self.ids(text[start : start + 12 * tokens])
+        ids = self.ids(self._text(rng, tokens, hay))
         if len(ids) < tokens:
             raise ValueError(f"the books are too short for a passage of {tokens} tokens")
         return ids[:tokens]
 
-    def sentences(self, rng: Random, tokens: int) -> list[str]:
-        """Consecutive sentences of a random book, about `tokens` tokens of them."""
-        text = rng.choice(self.records("books"))["text"]
-        start = text.find("\n\n", rng.randrange(max(1, len(text) - 8 * tokens))) + 2
+    def sentences(self, rng: Random, tokens: int, hay: str = "book") -> list[str]:
+        """Consecutive sentences of running text, about `tokens` tokens of them."""
         found, room = [], tokens
-        for one in _SENTENCE.split(text[start : start + 12 * tokens]):
+        for one in _SENTENCE.split(self._text(rng, tokens, hay)):
             room -= self.count(one) + 1
             if room < 0:
                 break
             found.append(one)
         return found
+
+    def _text(self, rng: Random, tokens: int, hay: str) -> str:
+        """At least `tokens` tokens, if there are so many."""
+        if hay == "prose":
+            return made_up.prose(rng, tokens // _SHORTEST + 1)
+        text: str = rng.choice(self.records("books"))["text"]
+        start = text.find("\n\n", rng.randrange(max(1, len(text) - 8 * tokens))) + 2
+        return text[start : start + 12 * tokens]
 
     def haystack(
         self,
@@ -83,10 +89,10 @@ class TaskContext:
     ) -> str:
         """About `tokens` tokens of text with each needle on a line of its own at its depth in 0..1.
 
-        hay: "book", or "repeat" for the same four sentences over and over.
+        hay: as of `passage`, or "repeat" for the same four sentences over and over.
         """
         room = max(0, tokens - sum(self.count(text) + 2 for _, text in needles))
-        lines = self.sentences(rng, room) if hay == "book" else _repeated(self, room)
+        lines = _repeated(self, room) if hay == "repeat" else self.sentences(rng, room, hay)
         depths = sorted(needles, key=lambda needle: -needle[0])
         for depth, text in depths:
             place = round(depth * len(lines))

@@ -44,13 +44,7 @@ class CommonWords(Task):
             rng = context.random("cwe", number)
             words = rng.sample(NOUNS, len(NOUNS))
             common = words[: self.common]
-            size = self.often * sum(context.count(f" 100. {word}") for word in common)
-            listed = common * self.often
-            for word in words[self.common :]:
-                size += self.rare * context.count(f" 100. {word}")
-                if size > self.tokens:
-                    break
-                listed += [word] * self.rare
+            listed = self._listed(context, common, words[self.common :])
             rng.shuffle(listed)
             body = " ".join(f"{place}. {word}" for place, word in enumerate(listed, start=1))
             probe = Probe(
@@ -65,6 +59,21 @@ class CommonWords(Task):
                 f"cwe-{number}", _LIST_INSTRUCTION + body, _LIST_INSTRUCTION, (probe,), facts=facts
             )
             number += 1
+
+    def _listed(self, context: TaskContext, common: list[str], others: list[str]) -> list[str]:
+        """Words as often as they come; all of them more often where the list is to be longer than
+        they are.
+        """
+        sizes = {word: context.count(f" 100. {word}") for word in (*common, *others)}
+        size = self.often * sum(sizes[word] for word in common)
+        times = -(-self.tokens // (size + self.rare * sum(sizes[word] for word in others)))
+        listed = common * self.often
+        for word in others:
+            size += self.rare * sizes[word]
+            if times * size > self.tokens:
+                break
+            listed += [word] * self.rare
+        return listed * times
 
 
 @TASKS.register("fwe")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
+from kvhive.evaluation.data.made_up import random_uuid
 from kvhive.evaluation.measures import (
     CHOICE,
     EXACT,
@@ -34,7 +34,7 @@ class KeyValue(Conversation):
 
     Every pair is equally likely to be asked: in mode "agnostic" a policy that evicts can know about
     the kept share of the pairs, no more; clearly more points to a leak of the question. Source: Liu
-    et al. 2023, arXiv:2307.03172, section 3 (75 pairs there).
+    et al. 2023, arXiv:2307.03172, section 3 (75 pairs and more there); own UUIDs.
     """
 
     measures = (
@@ -44,9 +44,8 @@ class KeyValue(Conversation):
         Measure("first_block", per_probe(_first_block)),
         MARGIN,
     )
-    data: ClassVar = ("kv_retrieval",)
 
-    pairs: int = knob(8, "pairs in the object", least=1, most=75)
+    pairs: int = knob(8, "pairs in the object", least=1, most=1000)
     asked: int = knob(1, "keys asked of one object", least=1)
 
     def __post_init__(self) -> None:
@@ -57,22 +56,20 @@ class KeyValue(Conversation):
             )
 
     def items(self, context: TaskContext) -> Iterator[Item]:
-        """From each record the asked pair and others drawn from it, shuffled."""
-        for record in context.records("kv_retrieval"):
-            rng = context.random("kv", record["id"])
-            others = [pair for pair in record["records"] if pair[0] != record["key"]]
-            first = [record["key"], record["value"]]
-            pairs = [first, *rng.sample(others, self.pairs - 1)]
-            asked = pairs[: self.asked]
-            rng.shuffle(pairs)
+        """New pairs every time; those asked lie anywhere among them."""
+        number = 0
+        while True:
+            rng = context.random("kv", number)
+            pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(self.pairs)]
+            asked = rng.sample(pairs, self.asked)
             values = tuple(value for _, value in pairs)
             probes = tuple(_probe(key, value, values) for key, value in asked)
             body = (
                 "JSON data:\n{" + ",\n ".join(f'"{key}": "{value}"' for key, value in pairs) + "}"
             )
-            yield Item(
-                record["id"], _INSTRUCTION + body, _INSTRUCTION, probes, facts={"pairs": self.pairs}
-            )
+            facts = {"pairs": self.pairs}
+            yield Item(f"kv-{number}", _INSTRUCTION + body, _INSTRUCTION, probes, facts=facts)
+            number += 1
 
 
 def _probe(key: str, value: str, values: tuple[str, ...]) -> Probe:

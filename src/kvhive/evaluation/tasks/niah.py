@@ -10,26 +10,25 @@ from typing import ClassVar
 from kvhive.evaluation.data.made_up import random_uuid
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, SHARE_FOUND, TOKEN_ACCURACY
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.evaluation.tasks.base import TASKS, InText
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.spec import knob
 
 _INSTRUCTION = "Some special magic {kind}s are hidden within the following text. Memorise them.\n\n"
-_HAY = ("book", "repeat", "needles")
+_HAY = ("book", "prose", "repeat", "needles")
 _NEEDLE = "One of the special magic {kind}s for {word} is: {value}."
 
 
 @dataclass(frozen=True)
-class Niah(Task):
+class Niah(InText):
     """Base of the four. Source: RULER, Hsieh et al. 2024, arXiv:2404.06654, section 3; own text."""
 
-    data: ClassVar = ("books",)
     words: ClassVar[int] = 1  # different words with needles
     values: ClassVar[int] = 1  # needles a word
 
     tokens: int = knob(1024, "length of the context", least=1)
-    hay: str = knob("book", "text; 'needles': nothing but other needles", among=_HAY)
+    hay: str = knob("book", "text around; 'prose': made up; 'needles': other needles", among=_HAY)
     kind: str = knob("number", "'number': seven digits", among=("number", "uuid"))
 
     def items(self, context: TaskContext) -> Iterator[Item]:

@@ -1,13 +1,12 @@
-"""Passkey: a number hidden in a book."""
+"""Passkey: a number hidden in a long text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.evaluation.tasks.base import TASKS, InText
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.spec import knob
@@ -17,15 +16,14 @@ _INSTRUCTION = "There is important information hidden in the text below. Remembe
 
 @TASKS.register("passkey")
 @dataclass(frozen=True)
-class Passkey(Task):
-    """A five-digit key, stated twice, at some depth of a book; the key alone is the answer.
+class Passkey(InText):
+    """A five-digit key, stated twice, at some depth of a text; the key alone is the answer.
 
     Source: the card's section 4, after Mohtashami and Jaggi 2023, arXiv:2305.16300. Ten-way choice
     beside the exact key. Decoys are other keys with a colour, so that being odd is not enough.
     """
 
     measures = (EXACT, TOKEN_ACCURACY, CHOICE, MARGIN)
-    data: ClassVar = ("books",)
 
     lengths: tuple[int, ...] = knob(
         (1024,), "tokens of the context; items take them in turn", least=1
@@ -62,6 +60,6 @@ class Passkey(Task):
             gold=choices.index(key),
             history=key + ".",
         )
-        hay = context.haystack(rng, length, needles)
+        hay = context.haystack(rng, length, needles, self.hay)
         facts = {"length": length, "depth": depth}
         return Item(f"passkey-{number}", _INSTRUCTION + hay, _INSTRUCTION, (probe,), facts=facts)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
-from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, SHARE_FOUND
-from kvhive.evaluation.tasks.base import TASKS, Conversation
+from kvhive.evaluation.tasks.base import TASKS, Conversation, InText
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.spec import knob
@@ -20,15 +19,14 @@ _INSTRUCTION = "Memorise the chains of variable assignment hidden in the followi
 
 @TASKS.register("vt")
 @dataclass(frozen=True)
-class VariableTracing(Conversation):
-    """Chains "VAR B = VAR A." in a book; all names that hold a value are to be listed.
+class VariableTracing(InText, Conversation):
+    """Chains "VAR B = VAR A." in a text; all names that hold a value are to be listed.
 
     Also a choice between the chains' last names. Source: RULER, arXiv:2404.06654, section 3; own
     text.
     """
 
     measures = (SHARE_FOUND, CHOICE)
-    data: ClassVar = ("books",)
 
     tokens: int = knob(1024, "length of the context", least=1)
     hops: int = knob(1, "assignments after the first of a chain", least=0, most=50)
@@ -60,7 +58,7 @@ class VariableTracing(Conversation):
             probes = tuple(
                 _probe(chains[place], values[place], lasts, place) for place in range(self.asked)
             )
-            hay = context.haystack(rng, self.tokens, needles)
+            hay = context.haystack(rng, self.tokens, needles, self.hay)
             facts = {"length": self.tokens, "hops": self.hops}
             yield Item(f"vt-{number}", _INSTRUCTION + hay, _INSTRUCTION, probes, facts=facts)
             number += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvhive.evaluation.measures import NLL, TOKEN_ACCURACY
-from kvhive.evaluation.tasks.base import TASKS, Task
+from kvhive.evaluation.tasks.base import TASKS, InText
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.inference.modes import Mode
@@ -16,8 +16,8 @@ from kvhive.spec import knob
 
 @TASKS.register("verbatim")
 @dataclass(frozen=True)
-class Verbatim(Task):
-    """Some tokens of a book; then 16 of them again, and the 32 that followed are scored.
+class Verbatim(InText):
+    """Some tokens of a text; then 16 of them again, and the 32 that followed are scored.
 
     The cheapest probe of what a cache still holds: 32 graded answers a cue, several cues a prompt,
     and no skill needed but copying. Mode "agnostic" only: with the cue in the prompt, policies that
@@ -25,10 +25,9 @@ class Verbatim(Task):
     """
 
     measures = (TOKEN_ACCURACY, NLL)
-    data: ClassVar = ("books",)
     modes: ClassVar[tuple[Mode, ...]] = ("agnostic",)
 
-    tokens: int = knob(1024, "tokens of the book", least=1)
+    tokens: int = knob(1024, "tokens of the text", least=1)
     cue: int = knob(16, "tokens copied to say where", least=1)
     answer: int = knob(32, "tokens scored", least=1)
     depths: tuple[float, ...] = knob(
@@ -48,7 +47,7 @@ class Verbatim(Task):
         break_ids = context.ids("\n\n")
         number = 0
         while True:
-            passage = context.book(context.random("verbatim", number), self.tokens)
+            passage = context.passage(context.random("verbatim", number), self.tokens, self.hay)
             probes = []
             for depth in self.depths:
                 start = round(depth * (self.tokens - self.cue - self.answer))

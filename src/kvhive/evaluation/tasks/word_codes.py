@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvhive.evaluation.measures import CHOICE, EXACT, MARGIN, TOKEN_ACCURACY
 from kvhive.evaluation.nouns import NOUNS
-from kvhive.evaluation.tasks.base import TASKS, Conversation
+from kvhive.evaluation.tasks.base import TASKS, Conversation, InText
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, Probe
 from kvhive.spec import knob
@@ -18,15 +17,14 @@ _INSTRUCTION = "Memorise the code of every word below. A code will be asked late
 
 @TASKS.register("word_codes")
 @dataclass(frozen=True)
-class WordCodes(Conversation):
-    """ "The code of <word> is <four digits>." in lines, or scattered in a book; a word's code is
+class WordCodes(InText, Conversation):
+    """ "The code of <word> is <four digits>." in lines, or scattered in a text; a word's code is
     asked.
 
     The choice is among the codes of all words, so that only binding a code to its word helps.
     """
 
     measures = (CHOICE, EXACT, TOKEN_ACCURACY, MARGIN)
-    data: ClassVar = ("books",)
 
     pairs: int = knob(16, "words with codes", least=1, most=200)
     asked: int = knob(8, "words asked of one context", least=1)
@@ -40,6 +38,11 @@ class WordCodes(Conversation):
                 f"pairs={self.pairs}"
             )
 
+    @property
+    def data(self) -> tuple[str, ...]:  # type: ignore[override]
+        """None for the list alone."""
+        return super().data if self.tokens else ()
+
     def items(self, context: TaskContext) -> Iterator[Item]:
         """New words and codes every time."""
         number = 0
@@ -51,7 +54,8 @@ class WordCodes(Conversation):
                 f"The code of {word} is {code}." for word, code in zip(words, codes, strict=True)
             ]
             if self.tokens:
-                body = context.haystack(rng, self.tokens, [(rng.random(), line) for line in lines])
+                needles = [(rng.random(), line) for line in lines]
+                body = context.haystack(rng, self.tokens, needles, self.hay)
             else:
                 body = "\n".join(lines)
             asked = rng.sample(range(self.pairs), self.asked)
