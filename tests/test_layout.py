@@ -14,7 +14,7 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "kinds", "budget", "plan", "step", "rope", "memory", "plugins"},
+    {"registry", "kinds", "budget", "plan", "step", "rope", "memory", "plugins", "templates"},
     {"slots", "spec", "calibration"},
     {"kernels"},
     {"policies", "allocations", "stores"},

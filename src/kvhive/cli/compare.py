@@ -88,7 +88,6 @@ def compare(
     from kvhive.comparison.compare import REFERENCE
     from kvhive.comparison.compare import compare as run
     from kvhive.html.page import check_writable
-    from kvhive.html.plot import check_plots
     from kvhive.inference.document import Document
     from kvhive.inference.prompt import DEFAULT_QUESTION, Prompt
     from kvhive.recipe import Recipe
@@ -96,7 +95,6 @@ def compare(
     recipes = [Recipe.parse(text) for text in recipe or _DEFAULT_RECIPES]
     if html is not None:
         check_writable(html)
-        check_plots()
     source = Document.read(document)
     questions = ask or [DEFAULT_QUESTION]
     network, tokenizer = load_model(model, dtype, device, threads)
