@@ -14,7 +14,8 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "kinds", "budget", "plan", "step", "rope", "memory", "plugins", "templates"},
+    {"registry", "kinds", "budget", "plan", "step", "rope", "memory", "plugins", "wrapping"},
+    {"templates"},
     {"slots", "spec", "calibration"},
     {"kernels"},
     {"policies", "allocations", "stores"},
@@ -27,7 +28,7 @@ TIERS = (  # from the ground up: a place knows places of lower tiers and its own
     {"engines"},
     {"cli"},
 )
-CORE = set().union(*TIERS[:6])
+CORE = set().union(*TIERS[:7])
 KNOWS_TRANSFORMERS = {"cache", "model"}
 
 

@@ -65,7 +65,7 @@ def test_a_recipe_is_found_under_the_name_it_was_recorded_with() -> None:
 
 def shown(run: Run, width: int = 100) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    for table in (*task_tables(run), leaderboard(run)):
+    for table in (*task_tables(run, width), leaderboard(run, width)):
         console.print(table)
     return console.file.getvalue()
 

@@ -183,7 +183,7 @@ def _print(results: list[Result], source: Document, facts: list[str]) -> None:
     console.print(
         Text.assemble("\n", (source.name, "bold"), ("  " + ", ".join(facts), "dim"), "\n")
     )
-    console.print(measure_table(results))
+    console.print(measure_table(results, console.width))
     console.print()
     for table in answer_tables(results, console.width):
         console.print(table)

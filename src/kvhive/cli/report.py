@@ -79,7 +79,7 @@ def show(run: Run) -> None:
     from kvhive.evaluation.report.table import leaderboard, task_tables
 
     console = out()
-    for table in (*task_tables(run), leaderboard(run)):
+    for table in (*task_tables(run, console.width), leaderboard(run, console.width)):
         console.print(table)
     for sentence in run.unclear():
         note(sentence)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from kvhive.wrapping import pieces
 
 # Recipes take these colours in order; class c0 is grey and the full cache's, c1 the first of these.
 # Each stands out by 3 : 1 on white and on the dark ground.
@@ -34,7 +35,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals.update(palette=(GREY, *COLOURS), shades=SHADES)
-    environment.filters.update(sha256=_sha256, breakable=_breakable)
+    environment.filters.update(sha256=_sha256, breakable=pieces)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     return environment
 
@@ -43,8 +44,3 @@ def _sha256(text: str) -> str:
     """What a Content-Security-Policy calls an inline script or style of this very text."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
-
-
-def _breakable(text: str) -> list[str]:
-    """A recipe or task in pieces, between which a line may end: "h2o(", "recent=6", "@0.4"."""
-    return re.split(r"(?<=[_(,])|(?=[@/+])", text)
