@@ -42,6 +42,18 @@ def test_turns_are_lines_with_names_at_their_ends():
     assert drawn.summary == "x, by turn: full: 0.4 at turn 2; a: 0.3 at turn 2"
 
 
+def test_names_of_many_lines_are_left_out():
+    lines = {f"a{place}": {1: 0.1 * place, 2: 0.2 * place} for place in range(9)}
+    drawn = turn_chart(lines, looks(lines), "x")
+    assert len(drawn.lines) == 9
+    assert drawn.labels == []
+
+
+def test_a_name_that_would_cover_others_is_left_out():
+    crowd = [(float(x), float(y)) for x in range(0, 421, 10) for y in range(20, 231, 10)]
+    assert place_labels([("a name", 210.0, 120.0)], crowd, (0, 420), (20, 230)) == []
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0.0, 1.0), (0.13, 0.21), (-3.0, 900.0), (2.0, 2.0), (-0.04, 0.3)]
 )

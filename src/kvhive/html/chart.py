@@ -11,6 +11,7 @@ from kvhive.html.look import Look
 
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 44, 410, 24, 232  # where values are drawn
+_MOST_NAMES = 8  # lines with names at their ends; the names of more would cover them
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def quality_chart(values: Sequence[Value], across_title: str, up_title: str) -> 
 def turn_chart(
     lines: Mapping[str, Mapping[int, float]], look_of: Mapping[str, Look], up_title: str
 ) -> Chart:
-    """A line for every recipe over the turns of a conversation."""
+    """A line for every recipe over the turns of a conversation; a few of them have names."""
     up = _scale_up([value for line in lines.values() for value in line.values()])
     turns = [turn for line in lines.values() for turn in line]
     across = _Scale(min(turns), max(turns), LEFT, RIGHT - 90)  # room for names at the ends
@@ -141,7 +142,9 @@ def turn_chart(
             for name, line in lines.items()
         ],
         labels=place_labels(
-            [(name, across(turn), up(value)) for name, (turn, value) in ends.items()],
+            [(name, across(turn), up(value)) for name, (turn, value) in ends.items()]
+            if len(ends) <= _MOST_NAMES
+            else [],
             [],
             (LEFT, WIDTH),
             (TOP, BOTTOM),

@@ -29,19 +29,18 @@ def place_labels(
     across: Range,
     up: Range,
 ) -> list[Label]:
-    """A label for every (text, x, y), in the first free place near it.
+    """A label for every (text, x, y) that has a free place near it, in the first of them.
 
-    points: all that must not be covered. across, up: the pixels that labels must stay within. A
-    text that finds no free place stands right of its point.
+    points: all that must not be covered. across, up: the pixels that labels must stay within.
     """
     taken: list[Box] = [(x - _MARK, y - _MARK, x + _MARK, y + _MARK) for x, y in points]
     labels = []
     for text, x, y in named:
-        places = list(_places(text, x, y))
-        free = (one for one in places if _fits(one[1], taken, across, up))
-        label, box = next(free, places[0])
-        taken.append(box)
-        labels.append(label)
+        for label, box in _places(text, x, y):
+            if _fits(box, taken, across, up):
+                taken.append(box)
+                labels.append(label)
+                break
     return labels
 
 
