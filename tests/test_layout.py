@@ -14,7 +14,8 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "kinds", "plan", "step", "rope", "memory", "files", "units"},
+    {"registry", "kinds", "plan", "step", "rope", "memory", "files", "units", "wrapping"},
+    {"templates"},
     {"slots", "spec", "calibration", "plugins"},
     {"kernels", "budget"},
     {"policies", "allocations", "stores"},
@@ -27,7 +28,7 @@ TIERS = (  # from the ground up: a place knows places of lower tiers and its own
     {"engines"},
     {"cli"},
 )
-CORE = set().union(*TIERS[:6])
+CORE = set().union(*TIERS[:7])
 KNOWS_TRANSFORMERS = {"cache", "model"}
 
 

@@ -71,6 +71,30 @@ def test_a_new_policy_appears_without_touching_the_command_line(plain, monkeypat
         assert words in shown
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+def test_no_sentence_is_cut_and_no_word_broken(plain, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    printed = plain("recipes").stdout
+    assert max(map(len, printed.splitlines())) <= columns
+    printed_words = set(printed.split())
+    for policy in POLICIES.values():
+        sentence = " ".join((policy.__doc__ or "").replace("`", "").split()).partition(". ")[0]
+        words = {*sentence.removesuffix(".").split()[:-1], policy.source.split(",")[0].split()[0]}
+        assert words <= printed_words
+        if columns == 80:
+            assert sentence.removesuffix(".") in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_knobs_fit_a_terminal(plain, monkeypatch, name, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    printed = plain("recipes", name).stdout
+    assert max(map(len, printed.splitlines())) <= columns
+    for one in POLICIES[name].knobs():
+        assert {one.name, *one.meaning.split()} <= set(printed.split())
+
+
 def test_an_unknown_name_is_answered_with_near_ones(plain):
     result = plain("recipes", "buz")
     assert result.exit_code == 2

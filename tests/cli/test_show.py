@@ -49,7 +49,7 @@ def test_the_page_says_how_many_heads_kept_a_word(run, document, tmp_path):
     assert len(titles) == 110
     assert {total for _, total in titles} == {str(HEADS)}
     assert len({count for count, _ in titles}) > 1
-    assert 'class="gone"' in source
+    assert 'class="a0 gone"' in source
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\((?!#)", source)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 import struct
 import zlib
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from kvhive.comparison.survivors import Survivors
-from kvhive.html.hive_map import hive_map, summary
+from kvhive.html.hive_map import HiveMap, summary
 from kvhive.html.png import data_uri
 
 
@@ -50,9 +49,10 @@ def test_a_picture_reads_back(height, width):
 @pytest.mark.parametrize(("layers", "heads", "seen"), [(1, 1, 1), (3, 2, 13), (32, 8, 700)])
 def test_every_line_of_the_picture_is_a_head(layers, heads, seen):
     what = survivors(layers, heads, seen)
-    drawn = hive_map(what, "#d98200")
-    pixels, _ = decoded(re.search(r'src="(data:[^"]+)"', drawn)[1])
-    rows = re.search(r'data-map="([^|]*)\|', drawn)[1].split(";")
+    drawn = HiveMap.of(what, "#d98200")
+    pixels, _ = decoded(drawn.picture)
+    rows = drawn.data.partition("|")[0].split(";")
+    assert (len(pixels), drawn.seen) == (drawn.height, seen)
     assert pixels.shape[1] == seen
     assert len(rows) == layers * heads
     for row, kept, (layer, head) in zip(rows, what.kept, what.rows, strict=True):
@@ -64,7 +64,7 @@ def test_every_line_of_the_picture_is_a_head(layers, heads, seen):
 @pytest.mark.parametrize("seen", [1, 8, 13, 700])
 def test_the_hover_script_gets_the_same_bits(seen):
     what = survivors(3, 2, seen)
-    packed = re.search(r'data-map="[^|]*\|([^"]*)"', hive_map(what, "#d98200"))[1]
+    packed = HiveMap.of(what, "#d98200").data.partition("|")[2]
     data = base64.b64decode(packed)
     stride = -(-seen // 8)
     assert len(data) == 6 * stride
@@ -76,8 +76,9 @@ def test_the_hover_script_gets_the_same_bits(seen):
 
 def test_long_documents_are_pooled():
     what = survivors(2, 1, 5000)
-    pixels, _ = decoded(re.search(r'src="(data:[^"]+)"', hive_map(what, "#d98200"))[1])
-    assert pixels.shape[1] == 1600
+    drawn = HiveMap.of(what, "#d98200")
+    pixels, _ = decoded(drawn.picture)
+    assert (pixels.shape[1], drawn.profile_width) == (1600, 400)
     assert float(pixels[0].float().mean() / 255) == pytest.approx(0.3, abs=0.03)
 
 
@@ -85,3 +86,12 @@ def test_the_summary_counts_heads():
     kept = torch.tensor([[True, True, False, False], [True, False, False, True]])
     said = summary(Survivors(kept, ((0, 0), (1, 0))))
     assert said == "75% of the tokens are still held by some head, 25% by all 2 heads"
+
+
+@pytest.mark.parametrize("seen", [1, 7, 99, 2956, 32_768])
+def test_scales_are_few_round_numbers_within_the_picture(seen):
+    drawn = HiveMap.of(survivors(30, 1, seen), "#d98200")
+    assert 1 <= len(drawn.ticks) <= 5
+    assert drawn.ticks[0] == (0, "0")
+    assert all(0 <= place <= 92 for place, _ in drawn.ticks)
+    assert [layer for _, layer in drawn.layers] == [0, 10, 20, 30, 40, 50]

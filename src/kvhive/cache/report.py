@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-MIB = 2**20
+from kvhive.units import MIB
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,16 @@ class Report:
             f"{self.tokens_seen:,} tokens seen{rows}, {self.tokens_kept:,.0f} kept, "
             f"{self.nbytes / MIB:.1f} MiB of {self.full_nbytes / MIB:.1f} MiB ({self.ratio:.2f}x)"
         )
+
+    def _repr_html_(self) -> str:
+        from kvhive.templates import render
+
+        cells = (
+            ("tokens seen", f"{self.tokens_seen:,}"),
+            ("tokens kept, mean of a head", f"{self.tokens_kept:,.0f}"),
+            ("MiB", f"{self.nbytes / MIB:.1f}"),
+            ("full cache, MiB", f"{self.full_nbytes / MIB:.1f}"),
+            ("times smaller", f"{self.ratio:.2f}"),
+            ("rows", f"{len(self.seen)}"),
+        )
+        return render("cache_report.html.j2", report=self, cells=cells)

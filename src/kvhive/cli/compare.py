@@ -115,7 +115,6 @@ def compare(
     from kvhive.comparison.compare import REFERENCE
     from kvhive.comparison.compare import compare as run
     from kvhive.html.page import check_writable
-    from kvhive.html.plot import check_plots
     from kvhive.inference.document import Document
     from kvhive.inference.prompt import DEFAULT_QUESTION, Prompt
     from kvhive.plugins import load_plugins
@@ -129,7 +128,6 @@ def compare(
         Recipe.without_budget(text)
     if html is not None:
         check_writable(html)
-        check_plots()
     source = Document.read(document)
     questions = ask or [DEFAULT_QUESTION]
     network, tokenizer = load_model(model, dtype, device, threads)
@@ -224,7 +222,7 @@ def _print(results: list[Result], source: Document, facts: list[str]) -> None:
     console.print(
         Text.assemble("\n", (source.name, "bold"), ("  " + ", ".join(facts), "dim"), "\n")
     )
-    console.print(measure_table(results))
+    console.print(measure_table(results, console.width))
     console.print()
     for table in answer_tables(results, console.width):
         console.print(table)

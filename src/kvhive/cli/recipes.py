@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,13 @@ from rich.text import Text
 
 from kvhive.cli.console import Plugin, out
 from kvhive.cli.needs import needs_text
+
+_WIDE = 120  # characters: narrower columns of sentences are hard to read
+_EXAMPLES = (
+    ("buzz@0.4", "40 % of the tokens seen"),
+    ("h2o(recent=64)@1024", "1,024 tokens for every KV head, 64 of them the most recent"),
+    ("streaming_llm@0.4/uniform+dense", "an allocation and a store named as well"),
+)
 
 if TYPE_CHECKING:
     from kvhive.policies import Policy
@@ -72,28 +80,42 @@ def _print_all(
     console: Console, policies: Registry[Policy], parts: list[tuple[str, Registry[Any]]]
 ) -> None:
     console.print(Text("policy @ budget / allocation + store", style="bold yellow"))
-    console.print(
-        "A recipe says which tokens survive, how many, and how they are held:\n"
-        "  buzz@0.4                 40 % of the tokens seen\n"
-        "  h2o(recent=64)@1024      1,024 tokens for every KV head, 64 of them the most recent\n"
-        "  streaming_llm@0.4/uniform+dense\n"
-    )
-    table = _table("policies", "policy", "keeps", "needs", "positions", "source")
-    for name, policy in policies.items():
-        table.add_row(
-            Text(name, style="bold"),
-            _first_line(policy),
-            needs_text(policy().needs),
-            policy.positions,
-            policy.source,
-        )
-    console.print(table)
+    console.print("A recipe says which tokens survive, how many, and how they are held:")
+    console.print(_pairs(_EXAMPLES))
+    listed = _policy_table if console.width >= _WIDE else _policy_list
+    console.print(listed(policies))
     for kind, registry in parts:
         table = _table(f"{kind}s", kind, "does")
         for name, member in registry.items():
-            table.add_row(Text(name, style="bold"), _first_line(member))
+            table.add_row(Text(name, style="bold"), Text(_first_sentence(member)))
         console.print(table)
     console.print(Text("kvhive recipes NAME shows one with its knobs", style="dim"))
+
+
+def _policy_table(policies: Registry[Policy]) -> Table:
+    """A line for every policy."""
+    table = _table("policies", "policy", "keeps", "needs", "positions", "source")
+    table.columns[-1].no_wrap = True
+    for name, policy in policies.items():
+        table.add_row(
+            Text(name, style="bold"),
+            Text(_first_sentence(policy)),
+            needs_text(policy().needs),
+            policy.positions,
+            _first_source(policy),
+        )
+    return table
+
+
+def _policy_list(policies: Registry[Policy]) -> Group:
+    """A paragraph for every policy, where a terminal is too narrow for columns."""
+    parts: list[Any] = [Text("policies", style="dim")]
+    for name, policy in policies.items():
+        needs = f"needs {needs_text(policy().needs)}; {policy.positions} positions"
+        about = Text(f"{_first_sentence(policy)}\n").append(needs, style="dim")
+        parts.append(Text.assemble((name, "bold"), (f"  {_first_source(policy)}", "dim")))
+        parts.append(Padding(about, (0, 0, 1, 2)))
+    return Group(*parts)
 
 
 def _heading(name: str, kind: str) -> Text:
@@ -110,19 +132,26 @@ def _about(member: type[Any]) -> Padding:
 def _facts(policy: type[Policy]) -> Padding:
     default = policy()
     sizing = default.sizing
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
     rotary = {"original": "as first written", "cache": "counted inside the cache"}
-    for label, value in (
-        ("source", policy.source),
-        ("needs from attention", needs_text(default.needs)),
-        ("cost", policy.cost),
-        ("positions", rotary[policy.positions]),
-        ("budget", "yes" if sizing.budgeted else "sizes itself"),
-        ("least budget", f"{sizing.least} tokens" if sizing.budgeted else "-"),
-    ):
-        table.add_row(label, Text(value))
+    return _pairs(
+        (
+            ("source", policy.source),
+            ("needs from attention", needs_text(default.needs)),
+            ("cost", policy.cost),
+            ("positions", rotary[policy.positions]),
+            ("budget", "yes" if sizing.budgeted else "sizes itself"),
+            ("least budget", f"{sizing.least} tokens" if sizing.budgeted else "-"),
+        )
+    )
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> Padding:
+    """A quiet word and what it stands for, line by line."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for label, value in pairs:
+        table.add_row(Text(label), Text(value))
     return Padding(table, (0, 0, 1, 2))
 
 
@@ -150,6 +179,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _first_line(member: type[Any]) -> str:
-    """What the docstring says first."""
-    return (inspect.getdoc(member) or "").partition("\n")[0]
+def _first_sentence(member: type[Any]) -> str:
+    """What the docstring says first, whole."""
+    text = " ".join((inspect.getdoc(member) or "").partition("\n\n")[0].split())
+    return text.partition(". ")[0].removesuffix(".").replace("`", "") + "."
+
+
+def _first_source(policy: type[Policy]) -> str:
+    """The paper's number, without what follows it."""
+    return policy.source.partition(",")[0]

@@ -90,7 +90,8 @@ def show(run: Run, json: bool = False, quiet: bool = False) -> None:
     if json:
         console.out(as_json(run), end="", highlight=False)
     else:
-        for part in (*unfinished(run), *task_tables(run), leaderboard(run)):
+        width = console.width
+        for part in (*unfinished(run), *task_tables(run, width), leaderboard(run, width)):
             console.print(part)
     for sentence in () if quiet or json else run.unclear():
         note(sentence)

@@ -6,16 +6,18 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvhive.cache.report import MIB
 from kvhive.comparison.compare import Result
+from kvhive.comparison.results import measures
+from kvhive.wrapping import wrap
 
 _LEAST_COLUMN = 26  # characters: narrower columns of prose are hard to read
+_LEAST_NAME, _FIGURES = 16, 64  # characters: a recipe's name; all its figures
 
 
-def measure_table(results: list[Result]) -> Table:
-    """One line for every recipe: memory, speed, fidelity."""
+def measure_table(results: list[Result], width: int) -> Table:
+    """One line for every recipe: memory, speed, fidelity; names are broken to fit `width`."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("recipe", overflow="fold")
+    table.add_column("recipe", no_wrap=True)
     for title in (
         "tokens\nkept",
         "cache\nMiB",
@@ -27,7 +29,7 @@ def measure_table(results: list[Result]) -> Table:
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for result in results:
-        table.add_row(*_cells(result))
+        table.add_row(*_cells(result, max(_LEAST_NAME, width - _FIGURES)))
     return table
 
 
@@ -35,31 +37,23 @@ def answer_tables(results: list[Result], width: int) -> list[Table]:
     """One table for every question: a column for each recipe where there is room, else a line."""
     wide = width // len(results) >= _LEAST_COLUMN
     return [
-        (_columns if wide else _lines)(results, place) for place in range(len(results[0].answers))
+        _columns(results, place, width) if wide else _lines(results, place)
+        for place in range(len(results[0].answers))
     ]
 
 
-def _cells(result: Result) -> list[Text]:
-    report, fidelity = result.report, result.fidelity
-    name = Text(result.recipe, style="bold")
+def _cells(result: Result, width: int) -> list[Text]:
+    name = Text(wrap(result.recipe, width), style="bold")
     if result.reference:
         name.append(" (reference)", style="not bold dim")
-    plain = [
-        f"{report.tokens_kept:,.0f}",
-        f"{report.nbytes / MIB:.1f}",
-        f"{report.ratio:.2f}",
-        f"{result.prefill_seconds:.2f}",
-        "-" if result.decode_rate is None else f"{result.decode_rate:.1f}",
-        f"{fidelity.kl:.3f}" if fidelity else "-",
-        f"{fidelity.top1:.0%}" if fidelity else "-",
-    ]
-    return [name, *map(Text, plain)]
+    return [name, *map(Text, measures(result))]
 
 
-def _columns(results: list[Result], place: int) -> Table:
+def _columns(results: list[Result], place: int, width: int) -> Table:
     table = _frame(results, place)
     for result in results:
-        table.add_column(Text(result.recipe), ratio=1, overflow="fold")
+        room = width // len(results) - 2
+        table.add_column(Text(wrap(result.recipe, room)), ratio=1, overflow="fold")
     table.add_row(*(_answer(result, results, place) for result in results))
     return table
 
@@ -67,10 +61,10 @@ def _columns(results: list[Result], place: int) -> Table:
 def _lines(results: list[Result], place: int) -> Table:
     table = _frame(results, place)
     table.show_header = False
-    table.add_column(style="bold", overflow="fold", max_width=_LEAST_COLUMN)
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold", ratio=1)
     for result in results:
-        table.add_row(Text(result.recipe), _answer(result, results, place))
+        table.add_row(Text(wrap(result.recipe, _LEAST_COLUMN)), _answer(result, results, place))
     return table
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.report import Report
 from kvhive.comparison.clock import seconds_when_done
+from kvhive.comparison.results import Results
 from kvhive.comparison.survivors import Survivors
 from kvhive.inference.generation import check_length, decode, end_tokens, read
 from kvhive.inference.modes import QUESTION_MODES, QuestionMode
@@ -86,7 +87,7 @@ def compare(
     mode: QuestionMode = "agnostic",
     prefill_chunk: int | None = None,
     progress: Progress | None = None,
-) -> list[Result]:
+) -> Results:
     """Run every recipe on `document` and `questions`; the full cache comes first, asked for or not.
 
     mode: "agnostic" compresses the document before a question is seen and asks each question on a
@@ -107,7 +108,7 @@ def compare(
     order = comparison.order(wanted)
     comparison.warm_up()
     reference: list[_Generated] | None = None
-    results = []
+    results = Results()
     for recipe in order:
         result, answers = comparison.run(recipe, reference)
         results.append(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,31 +14,51 @@ from kvhive.html.png import data_uri
 _MOST_COLUMNS, _PROFILE_COLUMNS = 1600, 400
 _HEIGHT = 340  # pixels, about: rows are a whole number of pixels high
 _GAP = 1  # pixels between two layers
-_ALT = "tokens held, layer by layer and head by head"
 
 
-def hive_map(survivors: Survivors, colour: str) -> str:
-    """A figure's content: a line for every KV head, a column for every token (or a few of them).
+@dataclass(frozen=True)
+class HiveMap:
+    """What `hive.html.j2` draws, in pixels.
 
-    It is coloured where the token is still held. Above it, the share of all heads that hold it.
+    picture: a data URI of a line for every KV head and a column for every token, or for a few of
+    them. height: the picture's. profile: the share of all heads that hold a token, as a polygon of
+    `profile_width` by 100. layers: (top, number). ticks: (place in percent, text). data: rows and
+    bits for the script.
     """
-    row_height = max(1, min(12, _HEIGHT // len(survivors.rows)))
-    tops, height = _tops(survivors.rows, row_height)
-    density = _pool(survivors.kept.float(), _MOST_COLUMNS)
-    picture = torch.zeros(height, density.shape[1])
-    for line, top in zip(density, tops, strict=True):
-        picture[top : top + row_height] = line
-    seen = survivors.kept.shape[1]
-    data = _hover_data(survivors, tops)
-    return (
-        f'<div class="hive" style="--c:{colour}">'
-        f'<div class="gutter"><span class="top">all heads</span></div>{_profile(survivors)}'
-        f'<div class="gutter" style="height:{height}px">{_layer_labels(survivors.rows, tops)}</div>'
-        f'<div class="map" style="height:{height}px" data-map="{data}" data-seen="{seen}">'
-        f'<img src="{data_uri(picture, colour)}" alt="{_ALT}"><i class="cross"></i></div>'
-        f'<div class="gutter"><span class="low">layer</span></div>'
-        f'<div class="axis">{_ticks(seen)}</div></div>'
-    )
+
+    picture: str
+    height: int
+    profile: str
+    profile_width: int
+    layers: list[tuple[int, int]]
+    ticks: list[tuple[float, str]]
+    seen: int
+    data: str
+    summary: str
+
+    @classmethod
+    def of(cls, survivors: Survivors, colour: str) -> HiveMap:
+        """Coloured where a token is still held. colour: "#rrggbb"."""
+        row_height = max(1, min(12, _HEIGHT // len(survivors.rows)))
+        tops, height = _tops(survivors.rows, row_height)
+        density = _pool(survivors.kept.float(), _MOST_COLUMNS)
+        picture = torch.zeros(height, density.shape[1])
+        for line, top in zip(density, tops, strict=True):
+            picture[top : top + row_height] = line
+        share = (survivors.heads.float() / len(survivors.rows))[None]
+        profile = _pool(share, _PROFILE_COLUMNS)[0].tolist()
+        seen = survivors.kept.shape[1]
+        return cls(
+            picture=data_uri(picture, colour),
+            height=height,
+            profile=_polygon(profile),
+            profile_width=len(profile),
+            layers=_layers(survivors.rows, tops),
+            ticks=_ticks(seen),
+            seen=seen,
+            data=_data(survivors, tops),
+            summary=summary(survivors),
+        )
 
 
 def summary(survivors: Survivors) -> str:
@@ -69,43 +90,34 @@ def _pool(share: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool1d(share[None], columns)[0]
 
 
-def _profile(survivors: Survivors) -> str:
-    """The share of heads that hold each token, as an area."""
-    share = _pool((survivors.heads.float() / len(survivors.rows))[None], _PROFILE_COLUMNS)[0]
-    points = " ".join(
-        f"{place},{100 - 100 * value:.1f} {place + 1},{100 - 100 * value:.1f}"
-        for place, value in enumerate(share.tolist())
-    )
-    width = len(share)
-    return (
-        f'<svg class="profile" viewBox="0 0 {width} 100" preserveAspectRatio="none" '
-        f'aria-hidden="true"><polygon points="0,100 {points} {width},100"/></svg>'
-    )
+def _polygon(shares: list[float]) -> str:
+    """An area of steps, one unit wide each, 100 high for a share of 1."""
+    steps = (f"{x},{100 - 100 * y:.1f} {x + 1},{100 - 100 * y:.1f}" for x, y in enumerate(shares))
+    return f"0,100 {' '.join(steps)} {len(shares)},100"
 
 
-def _layer_labels(rows: tuple[tuple[int, int], ...], tops: list[int]) -> str:
+def _layers(rows: tuple[tuple[int, int], ...], tops: list[int]) -> list[tuple[int, int]]:
+    """(top, layer) of at most eight layers."""
     first: dict[int, int] = {}
     for (layer, _), top in zip(rows, tops, strict=True):
         first.setdefault(layer, top)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(first) <= 8 * step)
-    return "".join(
-        f'<span style="top:{top}px">{layer}</span>' for layer, top in list(first.items())[::step]
-    )
+    return [(top, layer) for layer, top in first.items()][::step]
 
 
-def _ticks(seen: int) -> str:
+def _ticks(seen: int) -> list[tuple[float, str]]:
+    """Percent and number of at most five round positions."""
     sizes = (size * 10**power for power in range(8) for size in (1, 2, 5))
-    step = next(size for size in sizes if seen <= 8 * size)
+    step = next(size for size in sizes if seen <= 5 * size)
     # A label at the very end would stick out of the picture.
-    labels = "".join(
-        f'<span style="left:{100 * place / seen:.2f}%">{place:,}</span>'
+    return [
+        (round(100 * place / seen, 2), f"{place:,}")
         for place in range(0, seen, step)
-        if place <= seen * 0.97
-    )
-    return f"{labels}<em>position in the prompt (tokens)</em>"
+        if place <= seen * 0.92
+    ]
 
 
-def _hover_data(survivors: Survivors, tops: list[int]) -> str:
+def _data(survivors: Survivors, tops: list[int]) -> str:
     """`layer,head,top;...|bits in base64`, a row's first token in the lowest bit of a byte."""
     rows = ";".join(
         f"{layer},{head},{top}" for (layer, head), top in zip(survivors.rows, tops, strict=True)

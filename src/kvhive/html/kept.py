@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from html import escape
+from dataclasses import dataclass
 
 from kvhive.cache.report import Report
 from kvhive.comparison.shading import Word
 from kvhive.comparison.survivors import Survivors
-from kvhive.html.hive_map import hive_map, summary
-from kvhive.html.page import COLOURS, page
-from kvhive.html.report import words_data
+from kvhive.html.hive_map import HiveMap
+from kvhive.html.look import Look
+from kvhive.templates import COLOURS, SHADES, render
 
-_MAP_NOTE = (
-    "Every line is a KV head, layers from top to bottom; a token is coloured where it survived. "
-    "Above, the share of all heads that hold it. Point at the map to read the words."
-)
-_MOST = 0.6  # from this share on letters must be dark, whatever the page's own colour
+
+@dataclass(frozen=True)
+class _Shaded:
+    """A word, or the space between two (shade None). shade: 0 to `SHADES`."""
+
+    text: str
+    shade: int | None = None
+    kept: bool = False
+    title: str = ""
 
 
 def kept_page(
@@ -29,27 +33,30 @@ def kept_page(
 ) -> str:
     """A self-contained page.
 
-    tokens: the text of every token seen, for the map. name: the document's. facts: model, recipe
+    tokens: the text of every token seen, for the map. name: the document's. facts: recipe, model
     and so on. command: what made the page. All plain text.
     """
     heads = len(survivors.rows)
-    body = (
-        f'<p class="note">{escape(str(report))}. {escape(summary(survivors))}.</p>'
-        f'<p class="scale">kept by no head <i></i> by all {heads} heads</p>'
-        f'<p class="text">{"".join(_span(word, heads) for word in words)}</p>'
-        f'<h2>Hive map</h2><p class="note">{_MAP_NOTE}</p>'
-        f"<figure>{hive_map(survivors, COLOURS[0])}</figure>{words_data(tokens)}"
+    return render(
+        "show.html.j2",
+        kind="show",
+        heading=name,
+        facts=facts,
+        command=command,
+        report=str(report),
+        recipe=report.recipe,
+        heads=heads,
+        shaded=[_shaded(word, heads) for word in words],
+        map=HiveMap.of(survivors, COLOURS[0]),
+        look=Look(1),
+        tokens=tokens,
     )
-    footer = f"A word of several tokens shows their mean.<code>{escape(command)}</code>"
-    return page("show", name, facts, body, footer, script="map.js")
 
 
-def _span(word: Word, heads: int) -> str:
-    text = escape(word.text)
+def _shaded(word: Word, heads: int) -> _Shaded:
     if word.share is None:
-        return text
+        return _Shaded(word.text)
     title = f"kept by {word.share * heads:.0f} of {heads} heads"
     if word.tokens > 1:
         title += f" (mean of {word.tokens} tokens)"
-    kind = "gone" if not word.share else "most" if word.share >= _MOST else "some"
-    return f'<span class="{kind}" style="--a:{100 * word.share:.0f}%" title="{title}">{text}</span>'
+    return _Shaded(word.text, round(word.share * SHADES), word.share > 0, title)

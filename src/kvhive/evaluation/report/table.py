@@ -8,23 +8,28 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvhive.cache.report import MIB
 from kvhive.evaluation.report.run import NO_LEADERBOARD, Run
 from kvhive.evaluation.settings import NONE
 from kvhive.evaluation.statistics import FULL, Interval, Score, Standing
+from kvhive.units import MIB
+from kvhive.wrapping import wrap
+
+_LEAST_NAME, _FIGURES = 18, 58  # characters: a recipe's name; all its figures
 
 
-def leaderboard(run: Run) -> Table | Text:
-    """Recipes by mean skill over the tasks that can show a loss; a sentence where none can."""
+def leaderboard(run: Run, width: int) -> Table | Text:
+    """Recipes by mean skill over the tasks that can show a loss, for a terminal of `width`; a
+    sentence where none can.
+    """
     if not run.ranked:
         return Text(f"{NO_LEADERBOARD}.", style="bold yellow")
     table = _frame("leaderboard: 100 % like the full cache, 0 % like no context")
-    table.add_column("recipe", overflow="fold", min_width=20)
+    table.add_column("recipe", no_wrap=True)
     for title in ("kept", "bytes", *run.modes):
         table.add_column(title, justify="right", no_wrap=True)
     for one in run.standings:
         name, *cells = standing_cells(one, run.modes)
-        table.add_row(Text(name, style="bold"), *cells)
+        table.add_row(Text(_name(name, width), style="bold"), *cells)
     return table
 
 
@@ -40,7 +45,7 @@ def unfinished(run: Run) -> list[Text]:
     ]
 
 
-def task_tables(run: Run) -> list[Table]:
+def task_tables(run: Run, width: int) -> list[Table]:
     """One for every task and mode, with the headline measure; the floor is the last line."""
     tables = []
     for task, mode in run.parts:
@@ -48,12 +53,13 @@ def task_tables(run: Run) -> list[Table]:
         if not scores:
             continue
         table = _frame(score_title(scores[0]))
-        table.add_column("recipe", overflow="fold", min_width=20)
+        table.add_column("recipe", no_wrap=True)
         for title in score_titles(scores[0]):
             table.add_column(title, justify="right", no_wrap=True)
         for score in scores:
             name, *cells = score_cells(score)
             style = "dim" if score.recipe == NONE else ""
+            name = _name(name, width)
             table.add_row(Text(name, style=style or "bold"), *(Text(c, style=style) for c in cells))
         tables.append(table)
     return tables
@@ -87,6 +93,10 @@ def standing_cells(one: Standing, modes: Sequence[str]) -> list[str]:
     """A line of the leaderboard: the recipe's name, kept, bytes, and its skill in each mode."""
     skills = [_share(one.skills.get(mode)) for mode in modes]
     return [one.recipe, f"{one.kept:.0%}", f"{one.bytes:.0%}", *skills]
+
+
+def _name(recipe: str, width: int) -> str:
+    return wrap(recipe, max(_LEAST_NAME, width - _FIGURES))
 
 
 def _with_half(figure: Interval) -> str:
