@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,3 +50,18 @@ class Report:
             f"{self.tokens_seen:,} tokens seen{rows}, {self.tokens_kept:,.0f} kept, "
             f"{self.nbytes / MIB:.1f} MiB of {self.full_nbytes / MIB:.1f} MiB ({self.ratio:.2f}x)"
         )
+
+
+def summary(recipe: object, report: Callable[[], Report]) -> str:
+    """One line about a cache in any state, for its `repr`, which must not raise."""
+    try:
+        held = report()
+        if not held.nbytes:
+            return f"HiveCache({recipe}: empty)"
+        rows = f"{len(held.seen)} rows, " if len(held.seen) > 1 else ""
+        return (
+            f"HiveCache({recipe}: {rows}{held.tokens_seen:,} tokens seen, "
+            f"{held.tokens_kept:,.0f} kept, {held.nbytes / MIB:.1f} MiB)"
+        )
+    except Exception as error:  # whatever a step that failed halfway has left
+        return f"HiveCache({recipe}: cannot be read, {type(error).__name__})"

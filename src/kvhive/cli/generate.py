@@ -11,7 +11,9 @@ from rich.text import Text
 from kvhive.cli.console import Device, Dtype, Model, PrefillChunk, Threads, err, load_model, note
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from kvhive.cache.report import Report
+
+MIB = 2**20
 
 
 def register(app: typer.Typer) -> None:
@@ -21,13 +23,20 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "buzz@0.4",
+    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE")] = "h2o@0.4",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
     ] = 256,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")
     ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Draw among the likeliest that make up this share."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Draw among so many likeliest tokens.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
     prefill_chunk: PrefillChunk = None,
     model: Model = "smollm2",
@@ -47,9 +56,11 @@ def generate(
     from kvhive.inference.chat import chat_ids
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read
+    from kvhive.inference.sampling import Sampling
+    from kvhive.inference.text_pieces import pieces
     from kvhive.recipe import Recipe
 
-    parsed = Recipe.parse(recipe)
+    parsed, sampling = Recipe.parse(recipe), Sampling(temperature, top_k, top_p)
     text = Document.read(STDIN).text if prompt == STDIN else prompt
     if not text.strip():
         raise ValueError("the prompt is empty: give a text, or - to read it from stdin")
@@ -63,36 +74,19 @@ def generate(
     with err().status(f"reading {len(ids):,} tokens"):
         logits = read(network, cache, ids, prefill_chunk)
     ends = end_tokens(network, tokenizer)
-    writer = _Writer(tokenizer)
-    for token, _ in decode(network, cache, logits, max_new_tokens, ends, temperature):
-        writer.add(token)
-    writer.end()
-    err().print(Text(f"{parsed}: {cache.report()}", style="dim"), soft_wrap=True)
-
-
-class _Writer:
-    """Prints tokens as they come; a letter made of several tokens waits until it is whole."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._printed = 0
-
-    def add(self, token: int) -> None:
-        """Print what the new token completes."""
-        self._ids.append(token)
-        text = self._text()
-        if not text.endswith("\ufffd"):
-            self._write(text)
-
-    def end(self) -> None:
-        """Print what is left, and end the line."""
-        self._write(self._text() + "\n")
-
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text[self._printed :])
+    answer = decode(network, cache, logits, max_new_tokens, ends, sampling)
+    for piece in pieces(tokenizer, (token for token, _ in answer)):
+        sys.stdout.write(piece)
         sys.stdout.flush()
-        self._printed = len(text)
+    sys.stdout.write("\n")
+    err().print(Text(f"{parsed}: {_held(cache.report())}", style="dim"), soft_wrap=True)
+
+
+def _held(report: Report) -> str:
+    """What the cache holds; plainly so when nothing had to go."""
+    if report.tokens_kept < report.tokens_seen:
+        return str(report)
+    return (
+        f"{report.tokens_seen:,} tokens seen: nothing to evict, "
+        f"{report.nbytes / MIB:.1f} MiB of {report.full_nbytes / MIB:.1f} MiB"
+    )
