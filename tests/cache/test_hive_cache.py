@@ -263,7 +263,7 @@ def test_reading_leaves_the_cache_ready_for_generate(model: PreTrainedModel, pad
     cache, by_hand = (HiveCache.for_model(model, "h2o@24") for _ in range(2))
     logits = cache.read(ids, mask if padded else None, prefill_chunk=16)
     expected = read(model, by_hand, ids, 60, mask if padded else None, chunk=16)
-    assert torch.equal(logits, expected[:, -1])
+    assert torch.allclose(logits, expected[:, -1], atol=1e-5)
     assert kept_sets(cache) == kept_sets(by_hand)
     given = {"attention_mask": covered, "max_new_tokens": 8, "do_sample": False}
     fork = cache.fork()

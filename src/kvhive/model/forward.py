@@ -33,7 +33,8 @@ def forward(
     options: dict[str, Any] = {
         name: given.to(device) for name, given in padding.items() if given is not None
     }
-    if _takes_keep(type(model)):
+    kind: Any = type(model)  # mypy takes the objects' __hash__ for the class's own
+    if _takes_keep(kind):
         options["logits_to_keep"] = keep
     output: Any = model(
         input_ids=ids.to(device), past_key_values=kv_cache, use_cache=True, **options
