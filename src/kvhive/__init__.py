@@ -15,21 +15,38 @@ if TYPE_CHECKING:
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.cache.report import Report
     from kvhive.calibration import Profile
+    from kvhive.inference.conversation import Conversation
+    from kvhive.inference.reading import Reading, read
     from kvhive.model.loading import load
     from kvhive.policies import POLICIES, Policy
     from kvhive.recipe import Recipe
 
 _HOME = {
     "Budget": "budget",
+    "Conversation": "inference.conversation",
     "HiveCache": "cache.hive_cache",
     "POLICIES": "policies",
     "Policy": "policies",
     "Profile": "calibration",
+    "Reading": "inference.reading",
     "Recipe": "recipe",
     "Report": "cache.report",
     "load": "model.loading",
+    "read": "inference.reading",
 }
-__all__ = ["POLICIES", "Budget", "HiveCache", "Policy", "Profile", "Recipe", "Report", "load"]
+__all__ = [
+    "POLICIES",
+    "Budget",
+    "Conversation",
+    "HiveCache",
+    "Policy",
+    "Profile",
+    "Reading",
+    "Recipe",
+    "Report",
+    "load",
+    "read",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -251,3 +251,60 @@ def test_a_cache_can_be_pickled(model: PreTrainedModel, recipe: str) -> None:
     HiveCache.for_model(other, recipe)
     with pytest.raises(ValueError, match="made for another LlamaForCausalLM"):
         read(other, pickle.loads(packed), ids[:, :1], 1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_reading_leaves_the_cache_ready_for_generate(model: PreTrainedModel, padded: bool) -> None:
+    ids, mask = left_padded([random_ids(60), random_ids(41, seed=1)])
+    if not padded:
+        ids, mask = ids[:1], mask[:1]
+    whole = torch.cat([ids, random_ids(len(ids), 9, seed=2)], 1)
+    covered = torch.nn.functional.pad(mask, (0, 9), value=1)
+    cache, by_hand = (HiveCache.for_model(model, "h2o@24") for _ in range(2))
+    logits = cache.read(ids, mask if padded else None, prefill_chunk=16)
+    expected = read(model, by_hand, ids, 60, mask if padded else None, chunk=16)
+    assert torch.allclose(logits, expected[:, -1], atol=1e-5)
+    assert kept_sets(cache) == kept_sets(by_hand)
+    given = {"attention_mask": covered, "max_new_tokens": 8, "do_sample": False}
+    fork = cache.fork()
+    ours = model.generate(whole, past_key_values=cache, **given)
+    theirs = model.generate(whole, past_key_values=by_hand, **given)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(model.generate(whole, past_key_values=fork, **given), ours)
+
+
+def test_what_a_cache_does_not_read() -> None:
+    model = tiny("llama")
+    cache = HiveCache.for_model(model, "h2o@24")
+    ids, mask = left_padded([random_ids(20), random_ids(11, seed=1)])
+    for wrong, padding, words in (
+        (ids[0], None, "input_ids must be"),
+        (ids[:, :0], None, "input_ids must be"),
+        (ids, mask[:, 1:], "attention_mask must have"),
+        (ids, mask.flip(1), "pad on the left"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cache.read(wrong, padding)
+    cache.read(ids, mask)
+    with pytest.raises(ValueError, match="holds a padded batch"):
+        cache.read(ids)
+    assert repr(cache) == "HiveCache(h2o@24: 2 rows, 20 tokens seen, 20 kept, 0.0 MiB)"
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="no longer loaded"):
+        cache.read(ids, torch.cat([mask, torch.ones_like(mask)], 1))
+
+
+def test_a_cache_in_any_state_has_a_repr(model: PreTrainedModel) -> None:
+    cache = HiveCache.for_model(model, "buzz@0.4")
+    assert repr(cache) == "HiveCache(buzz@0.4: empty)"
+    with torch.inference_mode():
+        cache.read(random_ids(1, 100))
+        assert repr(cache).startswith("HiveCache(buzz@0.4: 100 tokens seen, ")
+    assert repr(HiveCache.__new__(HiveCache)).startswith("HiveCache(not set up: cannot be read")
+
+
+def test_a_short_cache_takes_little_room(model: PreTrainedModel) -> None:
+    cache = HiveCache.for_model(model, "full")
+    read(model, cache, random_ids(1, 74), 73)
+    assert cache.nbytes < 1.3 * cache.report().full_nbytes

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kvhive.cache.handoff import HANDLE, layer_of
-from kvhive.cache.room import HEADROOM
 from kvhive.cache.speculation import crop
 from kvhive.kernels import Ask, Needs, reference
 from kvhive.kernels.chunked import CHUNK
@@ -72,11 +71,11 @@ def test_decoding_copies_rarely(recipe: str) -> None:
     for _ in range(200):
         feeder.step(1)
         addresses.append(layer.store.keys.data_ptr())
-        assert layer.store.room - layer.store.length <= HEADROOM
+        assert layer.store.room - layer.store.length <= max(16, layer.store.length // 4)
         longest = max(longest, layer.store.room)
     moves = sum(a != b for a, b in pairwise(addresses))
     if recipe == "full":
-        assert moves <= 200 // HEADROOM + 1
+        assert moves <= 8  # 16 slots at first, then by a quarter
     else:
         assert longest <= 31
 

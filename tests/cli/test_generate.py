@@ -50,3 +50,23 @@ def test_beyond_the_trained_length_it_says_what_to_do(run):
     result = run("generate", text(TRAINED_LENGTH // 4), "-r", "h2o@100")
     assert result.exit_code == 2
     assert "h2o(positions=cache)" in result.stderr.replace("\n", "")
+
+
+def test_it_says_so_when_nothing_had_to_go_and_refuses_what_it_would_ignore(run):
+    result = run("generate", "hello", "-r", "h2o@400", "--max-new-tokens", "3")
+    assert "nothing to evict" in " ".join(result.stderr.split())
+    for wrong, words in (
+        (["--top-p", "0.9"], "give a temperature"),
+        (["--temperature", "1", "--top-p", "1.5"], "top_p must be"),
+        (["--temperature", "1", "--top-k", "0"], "top_k must be"),
+    ):
+        result = run("generate", "hello", "-r", "full", *wrong)
+        assert result.exit_code == 2
+        assert words in result.stderr.replace("\n", " ")
+
+
+def test_drawing_among_one_token_is_greedy(run):
+    greedy = run("generate", "hello", "-r", "full", "--max-new-tokens", "9").stdout
+    for narrow in (["--top-k", "1"], ["--top-p", "0.000001"]):
+        options = ["--temperature", "1.5", *narrow, "--max-new-tokens", "9"]
+        assert run("generate", "hello", "-r", "full", *options).stdout == greedy

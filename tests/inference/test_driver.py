@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -36,10 +37,13 @@ def test_padding_reaches_the_model():
     assert torch.allclose(Driver(model).step(DynamicCache(), padded, 4, mask, positions), alone)
 
 
-class AllLogits(nn.Module):
+class AllLogits(PreTrainedModel):
     """A model that cannot leave logits out."""
 
     device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
 
     def forward(
         self, input_ids: Tensor, past_key_values: object, use_cache: bool
@@ -48,8 +52,7 @@ class AllLogits(nn.Module):
 
 
 def test_a_model_without_a_choice_of_logits():
-    model: object = AllLogits()
-    logits = Driver(model).step(DynamicCache(), torch.tensor([[5, 6, 7]]), 2)  # type: ignore[arg-type]
+    logits = Driver(AllLogits()).step(DynamicCache(), torch.tensor([[5, 6, 7]]), 2)
     assert logits[0, :, 0].tolist() == [6, 7]
 
 

@@ -19,11 +19,13 @@ from kvhive.cache.footprint import Workload
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
-from kvhive.cache.report import Report
+from kvhive.cache.reading import check_reading
+from kvhive.cache.report import Report, summary
 from kvhive.cache.room import HEADROOM
 from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
 from kvhive.model.facts import ModelFacts
+from kvhive.model.forward import prefill
 from kvhive.model.outline import Outline
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
@@ -95,6 +97,27 @@ class HiveCache(Cache):
             parsed = fitted(recipe, fits, outline, work, profile)
         return cls(parsed, facts, profile)
 
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prefill_chunk: int | None = None,
+    ) -> Tensor:
+        """Let the model read int64 ids `[rows, tokens]` into this cache; float logits
+        `[rows, vocabulary]` of the token that comes next.
+
+        What was read can be asked about: `fork()` the cache for every question, and give
+        `model.generate` the ids of all of it, those read included.
+
+        attention_mask: `[rows, tokens]`, 0 for padding on the left; in a later call
+        `[rows, seen + tokens]`, as `model.generate` takes it. prefill_chunk: read so many tokens at
+        a time and evict after each step; None: all at once. Raises `ValueError` for ids or a mask
+        of another shape, for padding on the right, and when the model is no longer loaded.
+        """
+        check_reading(input_ids, attention_mask, self.progress)
+        model = self.facts.loaded_model()
+        return prefill(model, self, input_ids, prefill_chunk, attention_mask)
+
     # ---- what transformers asks of a cache ------------------------------------------------------
 
     def update(
@@ -150,6 +173,10 @@ class HiveCache(Cache):
                 )
 
     # ---- what is held ---------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        """Recipe, tokens seen and kept, bytes, on one line; of a cache in any state."""
+        return summary(vars(self).get("recipe", "not set up"), self.report)
 
     def hive_layers(self) -> list[HiveLayer]:
         """The compressed layers, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,3 +63,18 @@ class Report:
             ("rows", f"{len(self.seen)}"),
         )
         return render("cache_report.html.j2", report=self, cells=cells)
+
+
+def summary(recipe: object, report: Callable[[], Report]) -> str:
+    """One line about a cache in any state, for its `repr`, which must not raise."""
+    try:
+        held = report()
+        if not held.nbytes:
+            return f"HiveCache({recipe}: empty)"
+        rows = f"{len(held.seen)} rows, " if len(held.seen) > 1 else ""
+        return (
+            f"HiveCache({recipe}: {rows}{held.tokens_seen:,} tokens seen, "
+            f"{held.tokens_kept:,.0f} kept, {held.nbytes / MIB:.1f} MiB)"
+        )
+    except Exception as error:  # whatever a step that failed halfway has left
+        return f"HiveCache({recipe}: cannot be read, {type(error).__name__})"

@@ -6,7 +6,8 @@ from kvhive.cache.eviction import Eviction
 from kvhive.step import Step
 from kvhive.stores import Store
 
-HEADROOM = 128  # slots allocated ahead while decoding: one copy of the cache per so many tokens
+HEADROOM = 128  # most slots allocated ahead while decoding: one copy of the cache for so many
+LEAST = 16  # fewest; a short cache, which is quickly copied, grows by a quarter
 UNEVEN_HEADROOM = 32  # the same where the longest head has no bound of its own
 
 
@@ -19,7 +20,7 @@ def for_step(store: Store, step: Step, eviction: Eviction, frozen: bool) -> int:
         return needed
     if eviction.together:
         return needed + UNEVEN_HEADROOM
-    ahead = HEADROOM if step.phase != "prefill" else max(step.fresh, needed // 8)
+    ahead = headroom(needed) if step.phase != "prefill" else max(step.fresh, needed // 8)
     bound = None if frozen else eviction.bound(min(step.fresh, HEADROOM))
     return needed + ahead if bound is None else max(needed, min(needed + ahead, bound))
 
@@ -42,4 +43,10 @@ def after_eviction(kept: int, growing: int, eviction: Eviction) -> int:
     if eviction.together:
         return kept + UNEVEN_HEADROOM
     bound = eviction.bound(min(growing, HEADROOM))
-    return kept + HEADROOM if bound is None else max(kept, min(kept + HEADROOM, bound))
+    ahead = kept + headroom(kept)
+    return ahead if bound is None else max(kept, min(ahead, bound))
+
+
+def headroom(held: int) -> int:
+    """Slots to allocate ahead of those `held` while decoding."""
+    return min(HEADROOM, max(LEAST, held // 4))

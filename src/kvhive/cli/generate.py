@@ -21,9 +21,10 @@ from kvhive.cli.console import (
     note,
 )
 from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
+from kvhive.units import MIB
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from kvhive.cache.report import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +50,13 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")
     ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Draw among the likeliest that make up this share."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Draw among so many likeliest tokens.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
     fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
@@ -71,10 +79,12 @@ def generate(
     from kvhive.inference.chat import chat_ids
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read
+    from kvhive.inference.sampling import Sampling
+    from kvhive.inference.text_pieces import pieces
     from kvhive.plugins import load_plugins
 
     load_plugins(plugin or ())
-    chosen = recipe or default_recipe(fit)
+    chosen, sampling = recipe or default_recipe(fit), Sampling(temperature, top_k, top_p)
     read_recipe(chosen, fit)
     text = Document.read(STDIN).text if prompt == STDIN else prompt
     if not text.strip():
@@ -91,36 +101,19 @@ def generate(
     with err().status(f"reading {len(ids):,} tokens"):
         logits = read(network, cache, ids, prefill_chunk)
     ends = end_tokens(network, tokenizer)
-    writer = _Writer(tokenizer)
-    for token, _ in decode(network, cache, logits, max_new_tokens, ends, temperature):
-        writer.add(token)
-    writer.end()
-    err().print(Text(f"{parsed}: {cache.report()}", style="dim"), soft_wrap=True)
-
-
-class _Writer:
-    """Prints tokens as they come; a letter made of several tokens waits until it is whole."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._printed = 0
-
-    def add(self, token: int) -> None:
-        """Print what the new token completes."""
-        self._ids.append(token)
-        text = self._text()
-        if not text.endswith("\ufffd"):
-            self._write(text)
-
-    def end(self) -> None:
-        """Print what is left, and end the line."""
-        self._write(self._text() + "\n")
-
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text[self._printed :])
+    answer = decode(network, cache, logits, max_new_tokens, ends, sampling)
+    for piece in pieces(tokenizer, (token for token, _ in answer)):
+        sys.stdout.write(piece)
         sys.stdout.flush()
-        self._printed = len(text)
+    sys.stdout.write("\n")
+    err().print(Text(f"{parsed}: {_held(cache.report())}", style="dim"), soft_wrap=True)
+
+
+def _held(report: Report) -> str:
+    """What the cache holds; plainly so when nothing had to go."""
+    if report.tokens_kept < report.tokens_seen:
+        return str(report)
+    return (
+        f"{report.tokens_seen:,} tokens seen: nothing to evict, "
+        f"{report.nbytes / MIB:.1f} MiB of {report.full_nbytes / MIB:.1f} MiB"
+    )

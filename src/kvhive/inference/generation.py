@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.inference.driver import Driver, chunks
+from kvhive.inference.sampling import GREEDY, Sampling
+from kvhive.model.forward import forward, prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,19 +28,9 @@ def read(
 ) -> Tensor:
     """Feed the token ids through the cache; logits `[vocabulary]` of the token that comes next.
 
-    chunk: tokens to a step, after each of which the cache evicts; None: all in one step. tick: gets
-    the share that has been read. Raises `ValueError` for a chunk below 1, and for no ids.
+    As `kvhive.model.forward.prefill`, for one row.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"prefill chunk must be at least 1 token, got {chunk}")
-    if not ids:
-        raise ValueError("there is nothing to read: give at least 1 token id")
-    driver = Driver(model)
-    for start, stop in chunks(len(ids), chunk):
-        logits = driver.step(cache, torch.tensor([ids[start:stop]]))
-        if tick is not None:
-            tick(stop / len(ids))
-    return logits[0, -1]
+    return prefill(model, cache, torch.tensor([list(ids)], dtype=torch.int64), chunk, tick=tick)[0]
 
 
 def decode(
@@ -48,20 +39,19 @@ def decode(
     logits: Tensor,
     limit: int,
     ends: Collection[int] = (),
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[tuple[int, Tensor]]:
     """Up to `limit` new tokens, each with the logits `[vocabulary]` it was taken from.
 
-    temperature: 0 takes the likeliest token, above 0 draws one. Stops behind a token in `ends`,
-    which is yielded too; the last token is not fed to the model.
+    sampling: how it is taken. Stops behind a token in `ends`, which is yielded too; the last token
+    is not fed to the model.
     """
-    driver = Driver(model)
     for step in range(limit):
-        token = _pick(logits, temperature)
+        token = sampling.pick(logits)
         yield token, logits
         if token in ends or step == limit - 1:
             return
-        logits = driver.step(cache, torch.tensor([[token]]))[0, -1]
+        logits = forward(model, cache, torch.tensor([[token]]))[0, -1]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -107,9 +97,3 @@ def _farthest(cache: HiveCache, prompt: int, new: int, chunk: int | None) -> int
     budget = recipe.budget.resolve(total, sizing.least)
     step = min(chunk or prompt, prompt)
     return min(total, max(step, sizing.peak(budget) + (step if chunk else 1)))
-
-
-def _pick(logits: Tensor, temperature: float) -> int:
-    if temperature <= 0:
-        return int(logits.argmax())
-    return int(torch.multinomial((logits.float() / temperature).softmax(-1), 1))

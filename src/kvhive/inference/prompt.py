@@ -47,21 +47,27 @@ class Prompt:
         """
         if not document.strip():
             raise ValueError("the document is empty: there is no text to ask about")
-        if any(not question.strip() for question in questions):
-            raise ValueError("a question is empty; ask something, or leave the question out")
         chat = ChatFormat.of(tokenizer)
-        head, end = chat.ids(chat.head), chat.ids(chat.answer)
+        head = chat.ids(chat.head)
         body, spans = _document_ids(chat, document)
-        form = "{}" if tokenizer.chat_template else "Question: {}"
-        closed = tuple(
-            (*chat.ids(form.format(question.strip()), plain=True), *end) for question in questions
-        )
+        closed = tuple(question_ids(chat, question) for question in questions)
         return cls((*head, *body), len(head), spans, closed, bool(tokenizer.chat_template))
 
     @property
     def longest(self) -> int:
         """Tokens of the document with the longest question."""
         return len(self.prefix) + max((len(question) for question in self.questions), default=0)
+
+
+def question_ids(chat: ChatFormat, question: str) -> tuple[int, ...]:
+    """Ids of a question at the end of a user's turn, up to where the answer begins.
+
+    Raises `ValueError` for a blank question.
+    """
+    if not question.strip():
+        raise ValueError("a question is empty; ask something, or leave the question out")
+    form = "{}" if chat.tokenizer.chat_template else "Question: {}"
+    return (*chat.ids(form.format(question.strip()), plain=True), *chat.ids(chat.answer))
 
 
 def _document_ids(

@@ -63,11 +63,21 @@ class ModelFacts:
         Raises `ValueError` when it was never worked out and the model is gone.
         """
         if not self._fingerprint:
-            model = None if self.model is None else self.model()
-            if model is None:
-                raise ValueError(f"the {self.family} this cache was made for is no longer loaded")
-            self._fingerprint.append(fingerprint(model))
+            self._fingerprint.append(fingerprint(self.loaded_model()))
         return self._fingerprint[0]
+
+    def loaded_model(self) -> PreTrainedModel:
+        """The model itself. Raises `ValueError` when it is no longer loaded, or was not known to a
+        cache that was pickled.
+        """
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise ValueError(
+                f"the {self.family} this cache was made for is no longer loaded, or the cache was "
+                "pickled; call the model yourself: "
+                "model(input_ids, past_key_values=cache)"
+            )
+        return model
 
     def stock_layers(self) -> list[Any]:
         """The layers transformers would use for this model, one for each."""
