@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +13,13 @@ from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
+    Json,
     Model,
+    NewTokens,
     Plugin,
     PrefillChunk,
+    Quiet,
+    Seed,
     Threads,
     err,
     load_model,
@@ -44,9 +49,7 @@ def generate(
             autocompletion=complete_recipe,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
-    ] = 256,
+    max_new_tokens: NewTokens = 256,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")
     ] = 0.0,
@@ -57,10 +60,12 @@ def generate(
     top_k: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Draw among so many likeliest tokens.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
+    seed: Seed = 0,
     fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     plugin: Plugin = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -102,9 +107,16 @@ def generate(
         logits = read(network, cache, ids, prefill_chunk)
     ends = end_tokens(network, tokenizer)
     answer = decode(network, cache, logits, max_new_tokens, ends, sampling)
+    written = []
     for piece in pieces(tokenizer, (token for token, _ in answer)):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        written.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if as_json:
+        told = {"prompt": text, "answer": "".join(written), **cache.report().as_data()}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return
     sys.stdout.write("\n")
     err().print(Text(f"{parsed}: {_held(cache.report())}", style="dim"), soft_wrap=True)
 
