@@ -23,13 +23,14 @@ class Case:
     """What is called, in a process of its own.
 
     call: gets the exit code of a command, or raises what a user of the library would see. stdin:
-    bytes; None: closed. guarded: files that must be the same afterwards.
+    bytes; None: closed. guarded: files that must be the same afterwards. before: done first.
     """
 
     name: str
     call: Callable[[], int]
     stdin: bytes | None = b""
     guarded: tuple[Path, ...] = ()
+    before: Callable[[], object] = lambda: None
 
 
 @dataclass
@@ -47,14 +48,15 @@ FAULTS = ("traceback", "a bug", "hang", "lost file", "died", "several lines")
 
 def run(case: Case) -> Outcome:
     """The case in a child of this process, which has everything loaded."""
-    before = [_sum(path) for path in case.guarded]
+    case.before()
+    sums = [_sum(path) for path in case.guarded]
     start = time.perf_counter()
     with tempfile.TemporaryFile() as told:
         code = _in_child(case, told.fileno())
         told.seek(0)
         text = told.read().decode(errors="replace")
     seconds = time.perf_counter() - start
-    lost = before != [_sum(path) for path in case.guarded]
+    lost = sums != [_sum(path) for path in case.guarded]
     return Outcome(case.name, "lost file" if lost else _verdict(code, text), seconds, text)
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.adversary.case import Case
@@ -71,8 +71,17 @@ class Bench:
                   "--limit", "2", "-r", "h2o@40", "--mode", "agnostic", "--out", str(self.run)])  # fmt: skip
         self.guarded = (self.document, *sorted(self.model.iterdir()), *sorted(self.run.iterdir()))
 
-    def case(self, *words: str, stdin: bytes | None = b"", guard: tuple[Path, ...] = ()) -> Case:
-        """A command; unless it names a model, the tiny one."""
+    def case(
+        self,
+        *words: str,
+        stdin: bytes | None = b"",
+        guard: tuple[Path, ...] = (),
+        only: tuple[Path, ...] | None = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> Case:
+        """A command; unless it names a model, the tiny one. guard: besides the usual files; only:
+        instead of them.
+        """
         line = [str(word) for word in words]
         takes_model = line[0] in ("compare", "show", "generate", "evaluate", "plan")
         if takes_model and not {"--model", "-m"} & set(line):
@@ -80,7 +89,8 @@ class Bench:
             line += ["--dtype", "float32"] if "--dtype" not in line and line[0] != "plan" else []
         name = " ".join(word if len(word) < 60 else word[:60] + "..." for word in line)
         name = name.replace(str(self.place), ".").encode("unicode_escape").decode()
-        return Case(name, lambda: _command(line), stdin, (*self.guarded, *guard))
+        guarded = (*self.guarded, *guard) if only is None else only
+        return Case(name, lambda: _command(line), stdin, guarded, before)
 
     def usual(self, command: str) -> list[str]:
         """What the command needs to work."""
@@ -156,19 +166,25 @@ class Bench:
                   "/proc/self/mem", "/sys/x", "/dev/fd/2", "~nouser/x", "x" * 300, "a\udcff",
                   self.model / "config.json", self.model / "model.safetensors", f"{self.document}/x",
                   self.run / "rows.jsonl", self.run / "run.json", "", " "]  # fmt: skip
-        guard = (other, locked, link, hard, Path("/dev/null"))
-        for place in places:
-            for force in ([], ["--force"]):
-                guard_now = guard if not force else (locked, hard, Path("/dev/null"))
-                yield self.case(
-                    *self.usual("compare"), "--html", str(place), *force, guard=guard_now
-                )
-                yield self.case(*self.usual("show"), "--html", str(place), *force, guard=guard_now)
-                for option in ("--html", "--csv", "--markdown"):
-                    yield self.case(
-                        "report", str(self.run), option, str(place), *force, guard=guard_now
-                    )
+
+        def strangers() -> None:
             other.write_text("years of work")
+
+        commands = {
+            "compare": ["--html"],
+            "show": ["--html"],
+            "report": ["--html", "--csv", "--markdown"],
+        }
+        read = {"report": tuple(sorted(self.run.iterdir()))}
+        for place in places:
+            for command, options in commands.items():
+                mine = read.get(command, self.guarded)
+                for option in options:
+                    words = [*self.usual(command), option, str(place)]
+                    never = (locked, Path("/dev/null"))
+                    yield self.case(*words, guard=(*never, other, link, hard), before=strangers)
+                    # What the command reads stays even then; a stranger's file may go.
+                    yield self.case(*words, "--force", only=(*mine, *never), before=strangers)
         same = str(self.place / "same")
         yield self.case("report", str(self.run), "--html", same, "--csv", same)
         yield self.case("report", str(self.run), "--html", "-", "--csv", "/dev/stdout")

@@ -142,7 +142,7 @@ def load_model(
     name: str, dtype: str, device: str, threads: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`kvhive.model.loading.load` with a sign of life, and without the advice transformers logs."""
-    with err().status(f"loading {name}"):
+    with err().status(Text(f"loading {name}")):
         import torch
 
         from kvhive.model.loading import be_quiet, load

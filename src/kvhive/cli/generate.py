@@ -103,7 +103,7 @@ def generate(
     if not tokenizer.chat_template:
         note(f"{model} has no chat template: it continues the text as it is.")
     torch.manual_seed(seed)
-    with err().status(f"reading {len(ids):,} tokens"):
+    with err().status(Text(f"reading {len(ids):,} tokens")):
         logits = read(network, cache, ids, prefill_chunk)
     ends = end_tokens(network, tokenizer)
     answer = decode(network, cache, logits, max_new_tokens, ends, sampling)

@@ -124,7 +124,7 @@ def as_data(
 
 
 def _outline(model: str, dtype: str) -> Outline:
-    with err().status(f"laying out {model}"):
+    with err().status(Text(f"laying out {model}")):
         from kvhive.model.config import load_config
         from kvhive.model.loading import DTYPES, be_quiet
         from kvhive.model.outline import Outline

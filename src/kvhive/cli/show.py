@@ -108,7 +108,7 @@ def show(
     parsed = fitted_to(network, chosen, fit, work)
     cache = HiveCache.for_model(network, parsed)
     check_length(cache, len(prompt.prefix), 0, prefill_chunk)
-    with err().status(f"{parsed}: reading {len(prompt.prefix):,} tokens"):
+    with err().status(Text(f"{parsed}: reading {len(prompt.prefix):,} tokens")):
         read(network, cache, prompt.prefix, prefill_chunk)
     survivors = Survivors.of(cache)
     words = shade(source.text, prompt, survivors)
