@@ -67,7 +67,7 @@ def fitted_recipes(
     does is told.
     """
     from kvhive.cache.footprint import Workload
-    from kvhive.comparison.compare import REFERENCE
+    from kvhive.comparison.run import REFERENCE
 
     turn = max(map(len, prompt.questions))
     work = Workload(tokens=prompt.longest + new, chunk=chunk, turn=turn)

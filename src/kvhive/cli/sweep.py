@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kvhive.comparison.compare import Result
+    from kvhive.comparison.result import Result
     from kvhive.comparison.sweep import Probe, Sweep
     from kvhive.inference.modes import QuestionMode
 

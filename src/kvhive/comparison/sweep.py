@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from kvhive.budget import Budget
-from kvhive.comparison.compare import REFERENCE, Progress, Result, _Comparison, _Generated
+from kvhive.comparison.result import Result
+from kvhive.comparison.run import REFERENCE, Comparison, Generated, Progress
 from kvhive.inference.modes import QuestionMode
 from kvhive.inference.prompt import Prompt
 from kvhive.recipe import Recipe
@@ -88,7 +89,7 @@ def sweep(
         raise ValueError("sweep: give at least one recipe")
     free = [_free(recipe) for recipe in recipes]
     prompt, asked = Prompt.build(tokenizer, document, list(questions)), tuple(questions)
-    comparison = _Comparison(
+    comparison = Comparison(
         model, tokenizer, prompt, asked, max_new_tokens, mode, prefill_chunk, progress
     )
     if not comparison.fits(REFERENCE):
@@ -129,8 +130,8 @@ def _budgets(recipe: Recipe, unit: Unit, seen: int) -> list[Budget]:
 
 
 def _bisect(
-    comparison: _Comparison,
-    reference: list[_Generated],
+    comparison: Comparison,
+    reference: list[Generated],
     recipe: Recipe,
     budgets: list[Budget],
     limit: float,
