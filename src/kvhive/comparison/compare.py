@@ -32,22 +32,25 @@ def compare(
     *,
     max_new_tokens: int = 64,
     mode: QuestionMode = "agnostic",
+    turns: bool = False,
     prefill_chunk: int | None = None,
     progress: Progress | None = None,
 ) -> Results:
     """Run every recipe on `document` and `questions`; the full cache comes first, asked for or not.
 
     mode: "agnostic" compresses the document before a question is seen and asks each question on a
-    copy; "aware" reads document and question together. prefill_chunk: read in steps of so many
-    tokens. progress: called with (recipe, what happens now, share
-    done).
+    copy; "aware" reads document and question together. turns: instead, the questions are turns of
+    one conversation on one cache. So that turns can be compared, every cache then holds the full
+    cache's answers to the earlier ones, and the recipe's own where there is no full cache to
+    compare with. prefill_chunk: read in steps of so many tokens. progress: called with (recipe,
+    what happens now, share done).
 
     A document beyond the length the model was trained on has no full cache to compare with: the
     recipes that can read it run without the reference, and their `fidelity` is None.
 
     Raises `ValueError` before anything runs for input or a recipe that cannot work.
     """
-    prompt = Prompt.build(tokenizer, document, list(questions))
+    prompt = Prompt.build(tokenizer, document, list(questions), turns)
     wanted = list(dict.fromkeys(Recipe.parse(recipe) for recipe in recipes))
     comparison = Comparison(
         model, tokenizer, prompt, tuple(questions), max_new_tokens, mode, prefill_chunk, progress

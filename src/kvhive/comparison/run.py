@@ -59,6 +59,11 @@ class Comparison:
                 raise ValueError(f"{name} must be at least 1, got {tokens}")
         if self.mode not in QUESTION_MODES:
             raise ValueError(f"mode must be one of {', '.join(QUESTION_MODES)}, got {self.mode!r}")
+        if self.prompt.turns and self.mode == "aware":
+            raise ValueError(
+                "turns follow one another on the cache of the document, so that none can be read "
+                'together with it: leave mode "aware" out, or turns'
+            )
 
     def order(self, wanted: list[Recipe]) -> list[Recipe]:
         """The reference, unless it cannot run, and then the others; all of them checked."""
@@ -66,8 +71,7 @@ class Comparison:
         if not others or REFERENCE in wanted or self.fits(REFERENCE):
             others.insert(0, REFERENCE)
         for recipe in others:
-            cache = HiveCache.for_model(self.model, recipe)
-            check_length(cache, self.prompt.longest, self.limit, self.chunk)
+            self._check_length(recipe)
         return others
 
     def warm_up(self) -> None:
@@ -83,6 +87,7 @@ class Comparison:
         """Read, answer every question, and measure the distance from the reference."""
         name, count = str(recipe), len(self.questions)
         base, prefill_seconds = None, []
+        unread: tuple[int, ...] = ()  # of the turn before
         answers: list[Generated] = []
         distances: list[Distance] = []
         for number in range(count):
@@ -98,10 +103,13 @@ class Comparison:
             cache = base
             if self.mode == "agnostic":
                 cache = base.fork()
-                logits = read(self.model, cache, self.prompt.questions[number])
-            answers.append(self._generate(cache.fork(), logits))
-            if reference is not None:
-                distances += self._distances(cache, logits, answers[-1], reference[number])
+                logits = read(self.model, cache, (*unread, *self.prompt.questions[number]))
+            given = None if reference is None else reference[number]
+            own, far, answered = self._answer(cache, logits, given)
+            answers.append(own)
+            distances += far
+            if self.prompt.turns:
+                base, unread = answered, self._unread(given or own)
         self._notify(name, "done", 1.0)
         result = self._result(recipe, answers, report, survivors, prefill_seconds, distances)
         return result, answers
@@ -135,18 +143,31 @@ class Comparison:
     def _seconds(self) -> float:
         return seconds_when_done(self.model.device)
 
-    def _distances(
-        self, cache: HiveCache, logits: Tensor, own: Generated, reference: Generated
-    ) -> list[Distance]:
-        """KL and top-1 agreement at every token of the reference's answer, fed through `cache`."""
+    def _answer(
+        self, cache: HiveCache, logits: Tensor, reference: Generated | None
+    ) -> tuple[Generated, list[Distance], HiveCache]:
+        """The own answer, from a copy of `cache`; KL and top-1 agreement at every token of the
+        reference's, fed through `cache`; and a cache that holds the reference's answer (without
+        one, its own) but for the last token.
+        """
+        copy = cache.fork()
+        own = self._generate(copy, logits)
+        if reference is None:
+            return own, [], copy
         if own.ids == reference.ids:
-            return [distance(*pair) for pair in zip(reference.logits, own.logits, strict=True)]
+            pairs = zip(reference.logits, own.logits, strict=True)
+            return own, [distance(*pair) for pair in pairs], copy
         distances = []
         for place, token in enumerate(reference.ids):
             distances.append(distance(reference.logits[place], logits))
             if place < len(reference.ids) - 1:
                 logits = read(self.model, cache, [token])
-        return distances
+        return own, distances, cache
+
+    def _unread(self, answer: Generated) -> tuple[int, ...]:
+        """The last token of an answer, unless the chat form writes it: an end of the turn."""
+        last = answer.ids[-1]
+        return () if last in end_tokens(self.model, self.tokenizer) else (last,)
 
     def _result(
         self,
@@ -179,12 +200,14 @@ class Comparison:
     def fits(self, recipe: Recipe) -> bool:
         """Whether the model stays within the length it was trained on."""
         try:
-            check_length(
-                HiveCache.for_model(self.model, recipe), self.prompt.longest, self.limit, self.chunk
-            )
+            self._check_length(recipe)
         except ValueError:
             return False
         return True
+
+    def _check_length(self, recipe: Recipe) -> None:
+        cache = HiveCache.for_model(self.model, recipe)
+        check_length(cache, self.prompt.longest(self.limit), self.limit, self.chunk)
 
     def _notify(self, recipe: str, doing: str, share: float, after_reading: bool = False) -> None:
         if self.progress is not None:
