@@ -161,3 +161,17 @@ def test_homes_of_users_who_do_not_exist(tmp_path):
     assert expanded("~/x") == Path.home() / "x"
     with pytest.raises(ValueError, match=r"'~nobody-at-all/x'.*no home folder for ~nobody-at-all"):
         expanded("~nobody-at-all/x")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+
+    def fail(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"

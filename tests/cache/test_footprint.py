@@ -21,7 +21,10 @@ BUDGET = 130
 GIVEN = [recipe for recipe in with_budget(BUDGET) if "@" in recipe]
 # Heads of different length in one tensor; keys held twice; a policy that does not evict while
 # decoding; statistics of a prompt that decoding forgets: here the prediction is a bound.
-LOOSE = ("kv_compress", "buzz", "cascading", "snapkv(decode=none)", "expected_attention")
+LOOSE = (
+    *("kv_compress", "buzz", "cascading", "snapkv(decode=none)", "expected_attention"),
+    "scissorhands@",  # drops half at once, and takes the room for its budget again bit by bit
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +74,8 @@ SHAPES = {
 def test_shapes_and_dtypes(shape: str, dtype: torch.dtype, recipe: str) -> None:
     model = tiny("llama", **SHAPES[shape]).to(dtype)
     cache = HiveCache.for_model(model, recipe)
-    most = most_held(cache, model, 3, [100, *[1] * 9])
-    told = predicted(cache, model, Workload(batch=3, tokens=109, turn=1))
+    most = most_held(cache, model, 3, [100, *[1] * 49])
+    told = predicted(cache, model, Workload(batch=3, tokens=149, turn=1))
     assert most <= told <= 1.01 * most + 2**10
 
 

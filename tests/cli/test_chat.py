@@ -85,6 +85,14 @@ def test_a_model_without_a_chat_template_is_asked_in_the_plain_form(run, tmp_pat
     assert "Question: ... Answer:" in spoken(result.stderr)
 
 
+def test_quiet_tells_nothing_and_json_is_refused(run):
+    result = run(*CHAT, "--quiet", stdin=b"Hi\n")
+    assert (result.stdout, result.stderr) == (expected("Hi"), "")
+    result = run(*CHAT, "--json", stdin=b"Hi\n")
+    assert result.exit_code == 2
+    assert "--json" in result.stderr
+
+
 def test_it_fits_a_size(run):
     result = run("generate", "--chat", "-r", "h2o", "--fit", "300KiB", stdin=b"Hi\n")
     assert result.exit_code == 0, result.stderr

@@ -124,7 +124,7 @@ def test_too_few_items_give_no_interval_and_no_leaderboard(write):
     run = Run.read(write(rows_of(2), limit=2))
     assert "± -" in as_markdown(run, "")
     assert "± 0" not in as_markdown(run, "") + report_page(run, "")
-    assert "no leaderboard: none of the tasks can show a loss" in shown(leaderboard(run))
+    assert "no leaderboard: none of the tasks can show a loss" in shown(leaderboard(run, 100))
     assert "no leaderboard" in as_markdown(run, "")
     assert "no leaderboard" in report_page(run, "")
     assert json.loads(as_json(run))["leaderboard"] is None

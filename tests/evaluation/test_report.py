@@ -106,7 +106,7 @@ def test_csv_holds_every_figure(run):
 
 def test_markdown_has_a_line_for_every_recipe_of_every_task(run):
     text = as_markdown(run, "kvhive report here")
-    assert text.startswith(f"# {run.name}\n")
+    assert text.startswith(f"<!-- kvhive report -->\n# {run.name}\n")
     assert text.endswith("`kvhive report here`.\n")
     tables = text.split("\n## ")[1:]
     assert len(tables) == 1 + len(run.parts)
@@ -218,7 +218,7 @@ def test_the_page_of_a_real_run_works_in_a_browser(run, visit):
     assert page.locator("#board tbody th").first.inner_text() == "full"  # most kept first
     page.locator("tr[data-recipe='h2o@0.3'] .opens").first.click()
     page.locator("#items-list tbody tr").first.wait_for()
-    assert page.locator("#items-list tbody tr").count() == 4
+    assert page.locator("#items-list tbody tr").count() == 6
     shown = page.inner_text("#items-list")
     row = next(row for row in run.rows if row["recipe"] == "h2o@0.3")
     assert row["item"] in shown

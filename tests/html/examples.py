@@ -52,7 +52,7 @@ def run(recipes: tuple[str, ...] = RECIPES) -> Run:
         **{"modes": ["agnostic", "aware"], "limit": 8, "seed": 0, "block": None, "hold": True},
     }
     facts = {"kvhive": "0", "data": {"books": "sha256:0"}, "model_sha256": "0"}
-    return Run.made_of("made up", settings, facts, rows)
+    return Run.made_of("made up", settings, facts, rows, [])
 
 
 def pages(spoil: Any = lambda value: value) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -50,6 +51,17 @@ class Report:
             f"{self.tokens_seen:,} tokens seen{rows}, {self.tokens_kept:,.0f} kept, "
             f"{self.nbytes / MIB:.1f} MiB of {self.full_nbytes / MIB:.1f} MiB ({self.ratio:.2f}x)"
         )
+
+    def as_data(self) -> dict[str, Any]:
+        """The main figures as plain values, for JSON."""
+        return {
+            "recipe": self.recipe,
+            "tokens_seen": self.tokens_seen,
+            "tokens_kept": self.tokens_kept,
+            "cache_bytes": self.nbytes,
+            "full_cache_bytes": self.full_nbytes,
+            "times_smaller": self.ratio,
+        }
 
     def _repr_html_(self) -> str:
         from kvhive.templates import render

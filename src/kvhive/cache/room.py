@@ -33,8 +33,8 @@ def most(limit: int | None, tokens: int | None, growing: int) -> int | None:
     """
     most = [] if limit is None else [limit + min(growing, HEADROOM)]
     if tokens is not None:
-        ahead = HEADROOM if growing == 1 else max(HEADROOM, growing, tokens // 8)
-        most.append(tokens + ahead)
+        ahead = 0 if growing == 1 else max(growing, tokens // 8)
+        most.append(tokens + max(headroom(tokens), ahead))
     return min(most, default=None)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from kvhive import __version__
 from kvhive.cli import compare, doctor, evaluate, generate, lm_eval, plan, recipes, report, show
-from kvhive.cli.console import Commands, failed
+from kvhive.cli.console import REFUSED, Commands, failed
 
 app = typer.Typer(
     name="kvhive",
@@ -58,6 +58,10 @@ doctor.register(app)
 
 def main() -> None:
     """The entry point. Whatever goes wrong ends in one sentence and a non-zero exit code."""
+    for place, word in enumerate(sys.argv):
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            failed(f"word {place} of the command is not text in UTF-8: {word!a}; rename it")
+            sys.exit(REFUSED)
     try:
         app()
     except Exception as error:

@@ -23,7 +23,7 @@ INTERRUPTED = 130  # how shells report a program that Ctrl-C ended
 _COMMANDS = {"/exit": "ends the chat", "/reset": "begins a new one with an empty cache"}
 
 
-def is_wanted(prompt: str | None, chat: bool) -> bool:
+def is_wanted(prompt: str | None, chat: bool, as_json: bool = False) -> bool:
     """Whether to chat: asked for, or no prompt was given and there is a terminal to ask on.
 
     Raises `ValueError` where neither a prompt nor a chat is possible.
@@ -42,6 +42,8 @@ def is_wanted(prompt: str | None, chat: bool) -> bool:
             "no PROMPT was given: give a text, - to read it from stdin, or --chat to answer every "
             "line of stdin"
         )
+    if as_json:
+        raise ValueError("--json prints one answer when it is whole; a chat needs it left out")
     return True
 
 

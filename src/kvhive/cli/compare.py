@@ -14,10 +14,13 @@ from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
+    Json,
     MaxTokens,
     Model,
+    NewTokens,
     Plugin,
     PrefillChunk,
+    Quiet,
     Threads,
     check_tokens,
     command_line,
@@ -28,15 +31,18 @@ from kvhive.cli.console import (
     recipe_bars,
 )
 from kvhive.cli.fitting import Fit, fitted_recipes, read_recipe
+from kvhive.cli.outputs import Force, check_stdout, prepared, write
 from kvhive.inference.modes import QuestionMode
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kvhive.comparison.compare import Result
     from kvhive.inference.document import Document
     from kvhive.inference.prompt import Prompt
 
-_DEFAULT_RECIPES = ["full", "buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
-_DEFAULT_FITTED = ["full", "buzz", "h2o", "streaming_llm"]
+_DEFAULT_RECIPES = ["full", "h2o@0.4", "snapkv@0.4", "buzz(prefill=streamed)@0.4"]
+_DEFAULT_FITTED = ["full", "h2o", "snapkv", "buzz(prefill=streamed)"]
 
 
 def register(app: typer.Typer) -> None:
@@ -66,10 +72,8 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="Also write a self-contained report."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
-    ] = 64,
+    force: Force = False,
+    max_new_tokens: NewTokens = 64,
     mode: Annotated[
         QuestionMode,
         typer.Option(help="agnostic: compress before the question is seen; aware: with it."),
@@ -96,6 +100,8 @@ def compare(
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
     plugin: Plugin = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -117,7 +123,8 @@ def compare(
     """
     from kvhive.comparison.compare import REFERENCE
     from kvhive.comparison.compare import compare as run
-    from kvhive.html.page import check_writable
+    from kvhive.comparison.shading import pieces
+    from kvhive.html.report import report_page
     from kvhive.inference.document import Document
     from kvhive.inference.prompt import DEFAULT_QUESTION, Prompt
     from kvhive.plugins import load_plugins
@@ -129,8 +136,8 @@ def compare(
     recipes = [read_recipe(text, fit) for text in typed]
     for text in sweep or []:
         Recipe.without_budget(text)
-    if html is not None:
-        check_writable(html)
+    outputs = prepared({"html": html}, [document, model, *(plugin or ())], force)
+    console = err() if check_stdout(outputs, as_json) else out()
     source = Document.read(document)
     questions = ask or [DEFAULT_QUESTION]
     network, tokenizer = load_model(model, dtype, device, threads)
@@ -161,23 +168,22 @@ def compare(
     if as_json:
         print(json.dumps(as_data(results), indent=2, ensure_ascii=False))
     else:
-        _print(results, source, facts)
+        _print(console, results, source, facts)
     for sentence in notes:
         note(sentence)
-    if html is not None:
-        _write(html, results, source, prompt, facts, notes)
+    for output in outputs.values():
+        words = pieces(source.text, prompt)
+        page = report_page(results, source.name, facts, notes, words, command_line())
+        write(output, page, "report")
 
 
 def as_data(results: list[Result]) -> list[dict[str, Any]]:
     """Results as plain values, for JSON."""
     return [
         {
+            **result.report.as_data(),
             "recipe": result.recipe,
             "reference": result.reference,
-            "tokens_seen": result.report.tokens_seen,
-            "tokens_kept": result.report.tokens_kept,
-            "cache_bytes": result.report.nbytes,
-            "times_smaller": result.report.ratio,
             "prefill_seconds": result.prefill_seconds,
             "decode_tokens_per_second": result.decode_rate,
             "kl_nats": result.fidelity.kl if result.fidelity else None,
@@ -220,10 +226,9 @@ def _notes(results: list[Result], prompt: Prompt, model: str) -> list[str]:
     return notes
 
 
-def _print(results: list[Result], source: Document, facts: list[str]) -> None:
+def _print(console: Console, results: list[Result], source: Document, facts: list[str]) -> None:
     from kvhive.cli.tables import answer_tables, measure_table
 
-    console = out()
     console.print(
         Text.assemble("\n", (source.name, "bold"), ("  " + ", ".join(facts), "dim"), "\n")
     )
@@ -232,20 +237,3 @@ def _print(results: list[Result], source: Document, facts: list[str]) -> None:
     for table in answer_tables(results, console.width):
         console.print(table)
         console.print()
-
-
-def _write(
-    path: Path,
-    results: list[Result],
-    source: Document,
-    prompt: Prompt,
-    facts: list[str],
-    notes: list[str],
-) -> None:
-    from kvhive.comparison.shading import pieces
-    from kvhive.html.page import write_page
-    from kvhive.html.report import report_page
-
-    words = pieces(source.text, prompt)
-    write_page(path, report_page(results, source.name, facts, notes, words, command_line()))
-    err().print(Text.assemble("report: ", (str(path), "bold")), soft_wrap=True)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError)
 REFUSED = 2
+MOST = 2**31 - 1  # tokens: more than any memory holds
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)  # of the command that runs
+
+
+def _hush(wanted: bool) -> bool:
+    _quiet.set(wanted)
+    return wanted
+
 
 Model = Annotated[
     str,
@@ -44,12 +53,18 @@ Device = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads. Default: torch's own choice.", rich_help_panel="Model"),
+    typer.Option(
+        min=1,
+        max=1024,
+        help="CPU threads. Default: torch's own choice.",
+        rich_help_panel="Model",
+    ),
 ]
 PrefillChunk = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=MOST,
         metavar="TOKENS",
         help="Read in steps of so many tokens and evict after each, so that memory stays small.",
     ),
@@ -62,9 +77,19 @@ Plugin = Annotated[
         help="A Python file (or module) with tasks or methods of your own. Repeat for more.",
     ),
 ]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress and no notes.", callback=_hush),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
-MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Refuse a longer document.")]
+MaxTokens = Annotated[
+    int, typer.Option(min=1, max=MOST, metavar="TOKENS", help="Refuse a longer document.")
+]
+NewTokens = Annotated[
+    int,
+    typer.Option("--max-new-tokens", min=1, max=MOST, metavar="TOKENS", help="The longest answer."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is drawn.")]
 
 
 def out() -> Console:
@@ -73,14 +98,15 @@ def out() -> Console:
 
 
 def err() -> Console:
-    """Progress, notes and errors: stderr, so that results can be piped."""
-    return Console(stderr=True, highlight=False)
+    """Progress and notes: stderr, so that results can be piped; nothing with --quiet."""
+    return Console(stderr=True, highlight=False, quiet=_quiet.get())
 
 
 def failed(message: str) -> None:
     """One red sentence on stderr."""
     sentence = " ".join(message.split())
-    err().print(Text.assemble(("error: ", "bold red"), (sentence, "red")), soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), (sentence, "red")), soft_wrap=True)
 
 
 def note(message: str) -> None:
@@ -93,9 +119,12 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; no traceback for what a user can cause."""
+        _quiet.set(False)
         try:
             with told_as_plugins():
                 return super().invoke(ctx)
+        except typer.BadParameter as error:
+            failed(error.format_message())
         except BrokenPipeError:  # the reader of a pipe has left; Typer ends quietly
             raise
         except _EXPECTED as error:

@@ -15,7 +15,7 @@ from rich.text import Text
 from kvhive.cli.checks import SECTIONS, Check
 from kvhive.cli.checks import model as about_model
 from kvhive.cli.completion import complete_model
-from kvhive.cli.console import Json, err, out
+from kvhive.cli.console import Json, Quiet, err, out
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +35,7 @@ def doctor(
         ),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check this installation: versions, extras, devices, folders; and a model.
 

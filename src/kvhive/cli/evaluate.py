@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from kvhive.cli.completion import complete_recipe
-from kvhive.cli.console import Device, Dtype, Json, Model, Plugin, Quiet, Threads, err, note
+from kvhive.cli.console import (
+    MOST,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Plugin,
+    Quiet,
+    Seed,
+    Threads,
+    err,
+    note,
+)
+from kvhive.cli.console import out as console
 from kvhive.cli.evaluation_progress import progress
 
 STOPPED = 130  # as shells report a program that was interrupted
@@ -55,7 +68,7 @@ def evaluate(
     limit: Annotated[
         int, typer.Option(min=1, max=10**6, metavar="ITEMS", help="Items a task.")
     ] = 60,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     data: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +81,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
+            max=MOST,
             metavar="TOKENS",
             help="Feed prompts in blocks, every recipe evicting after each: memory is bounded. "
             "Default: in one step, shared by all recipes.",
@@ -84,7 +98,11 @@ def evaluate(
     jobs: Annotated[
         int,
         typer.Option(
-            "--jobs", "-j", min=1, help="Processes; with --ray workers, 1: as many as fit."
+            "--jobs",
+            "-j",
+            min=1,
+            max=1024,
+            help="Processes; with --ray workers, 1: as many as fit.",
         ),
     ] = 1,
     ray: Annotated[
@@ -148,7 +166,7 @@ def _summary(folder: Path, json: bool, quiet: bool) -> None:
     from kvhive.cli.report import show
     from kvhive.evaluation.report.run import Run
 
-    show(Run.read(folder), json, quiet)
+    show(Run.read(folder), json, quiet, console())
     if not quiet:
         text = f"results: {folder}; see also: kvhive report {folder} --html report.html"
         err().print(text, markup=False, soft_wrap=True)

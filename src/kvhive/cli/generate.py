@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -15,9 +16,13 @@ from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
+    Json,
     Model,
+    NewTokens,
     Plugin,
     PrefillChunk,
+    Quiet,
+    Seed,
     Threads,
     err,
     load_model,
@@ -50,9 +55,7 @@ def generate(
             autocompletion=complete_recipe,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="TOKENS", help="The longest answer.")
-    ] = 256,
+    max_new_tokens: NewTokens = 256,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")
     ] = 0.0,
@@ -63,7 +66,7 @@ def generate(
     top_k: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Draw among so many likeliest tokens.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For the drawing.")] = 0,
+    seed: Seed = 0,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Answer line after line, in one conversation on one cache."),
@@ -71,6 +74,8 @@ def generate(
     fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     plugin: Plugin = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -99,7 +104,7 @@ def generate(
     load_plugins(plugin or ())
     chosen, sampling = recipe or default_recipe(fit), Sampling(temperature, top_k, top_p)
     read_recipe(chosen, fit)
-    talking = is_wanted(prompt, chat)
+    talking = is_wanted(prompt, chat, as_json)
     text = Document.read(STDIN).text if prompt == STDIN else prompt
     if text is not None and not text.strip():
         raise ValueError("the prompt is empty: give a text, or - to read it from stdin")
@@ -128,9 +133,16 @@ def generate(
         logits = read(network, cache, ids, prefill_chunk)
     ends = end_tokens(network, tokenizer)
     answer = decode(network, cache, logits, max_new_tokens, ends, sampling)
+    written = []
     for piece in pieces(tokenizer, (token for token, _ in answer)):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        written.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if as_json:
+        told = {"prompt": text, "answer": "".join(written), **cache.report().as_data()}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return
     sys.stdout.write("\n")
     _tell(parsed, cache.report())
 

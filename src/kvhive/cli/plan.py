@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kvhive.cli.console import (
+    MOST,
     Dtype,
     Json,
     Model,
+    Plugin,
     PrefillChunk,
     Quiet,
     err,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from kvhive.model.outline import Outline
     from kvhive.planning import Planned
 
-_DEFAULT_RECIPES = ["full", "buzz@0.4", "h2o@0.4", "streaming_llm@0.4"]
+_DEFAULT_RECIPES = ["full", "h2o@0.4", "snapkv@0.4", "buzz@0.4", "streaming_llm@0.4"]
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +48,9 @@ def plan(
         str | None,
         typer.Option(metavar="SIZE", help="What weights and cache must fit: 40GiB, 24 GB."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, metavar="ROWS", help="Rows read at once.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, max=MOST, metavar="ROWS", help="Rows read at once.")
+    ] = 1,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,6 +61,7 @@ def plan(
         ),
     ] = None,
     prefill_chunk: PrefillChunk = None,
+    plugin: Plugin = None,
     as_json: Json = False,
     quiet: Quiet = False,
     model: Model = "smollm2",
@@ -73,9 +78,11 @@ def plan(
     """
     from kvhive.cache.footprint import Workload
     from kvhive.planning import plan as planned
+    from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
     from kvhive.units import parse_bytes, parse_tokens
 
+    load_plugins(plugin or ())
     recipes = [Recipe.parse(text) for text in dict.fromkeys(recipe or _DEFAULT_RECIPES)]
     work = Workload(batch, parse_tokens(context), prefill_chunk, turn=1)
     size = None if memory is None else parse_bytes(memory)
@@ -85,9 +92,8 @@ def plan(
         print(json.dumps(as_data(rows, outline, work, size), indent=2))
     else:
         _print(rows, outline, work, size, f"{model} in {dtype}")
-    if not quiet:
-        for sentence in _notes(rows, outline, work, size):
-            note(sentence)
+    for sentence in _notes(rows, outline, work, size):
+        note(sentence)
 
 
 def as_data(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kvhive.cli.console import Plugin, out
+from kvhive.cli.console import Json, Plugin, Quiet, out
 from kvhive.cli.needs import needs_text
 
 _WIDE = 120  # characters: narrower columns of sentences are hard to read
@@ -40,6 +41,8 @@ def recipes(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/methods.md.")] = False,
     plugin: Plugin = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """List all methods, or one with its knobs, defaults and source.
 
@@ -58,6 +61,14 @@ def recipes(
 
         typer.echo(methods_page(), nl=False)
         return
+    if as_json:
+        registries: dict[str, Registry[Any]] = {
+            "policies": POLICIES,
+            "allocations": ALLOCATIONS,
+            "stores": STORES,
+        }
+        print(json.dumps(as_data(registries, name), indent=2, ensure_ascii=False))
+        return
     console = out()
     parts: list[tuple[str, Registry[Any]]] = [
         ("allocation", ALLOCATIONS),
@@ -74,6 +85,27 @@ def recipes(
     policy = POLICIES[name]
     console.print(Group(_heading(name, "policy"), _about(policy), _facts(policy)))
     console.print(_knob_table(policy))
+
+
+def as_data(registries: Mapping[str, Registry[Any]], name: str | None) -> dict[str, Any]:
+    """The methods, or the one of that name, as plain values, for JSON."""
+    if name is not None and not any(name in registry for registry in registries.values()):
+        return as_data({"policies": registries["policies"]}, registries["policies"][name].name)
+    return {
+        kind: {
+            one: {
+                "about": _first_sentence(member),
+                "source": getattr(member, "source", None),
+                "knobs": {
+                    knob.name: {"default": knob.default, "meaning": knob.meaning}
+                    for knob in member.knobs()
+                },
+            }
+            for one, member in registry.items()
+            if name in (None, one)
+        }
+        for kind, registry in registries.items()
+    }
 
 
 def _print_all(

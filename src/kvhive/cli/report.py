@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvhive.cli.console import Json, Plugin, Quiet, command_line, err, note, out
+from kvhive.cli.outputs import Force, check_stdout, prepared, write
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kvhive.evaluation.report.run import Run
 
 
@@ -39,6 +42,7 @@ def report(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a self-contained page.")
     ] = None,
+    force: Force = False,
     plugin: Plugin = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -53,40 +57,30 @@ def report(
     from kvhive.evaluation.report.markdown import as_markdown
     from kvhive.evaluation.report.page import report_page
     from kvhive.evaluation.report.run import Run
-    from kvhive.html.page import check_writable
     from kvhive.plugins import load_plugins
     from kvhive.recipe import Recipe
 
     load_plugins(plugin or ())
-    for path in (csv, markdown, html):
-        if path is not None:
-            check_writable(path)
+    wanted = {"csv": csv, "markdown": markdown, "html": html}
+    outputs = prepared(wanted, [*folders, *(plugin or ())], force)
+    console = err() if check_stdout(outputs, json) else out()
     run = join([Run.read(folder) for folder in folders])
     recorded = against in run.settings["recipes"]  # perhaps under a name that methods had once
     run = run.against(against if recorded else str(Recipe.parse(against)))
-    show(run, json, quiet)
-    if csv is not None:
-        _write("figures", csv, as_csv(run), quiet)
-    if markdown is not None:
-        _write("tables", markdown, as_markdown(run, command_line()), quiet)
-    if html is not None:
-        _write("report", html, report_page(run, command_line()), quiet)
+    show(run, json, quiet, console)
+    if "csv" in outputs:
+        write(outputs["csv"], as_csv(run), "figures")
+    if "markdown" in outputs:
+        write(outputs["markdown"], as_markdown(run, command_line()), "tables")
+    if "html" in outputs:
+        write(outputs["html"], report_page(run, command_line()), "report")
 
 
-def _write(what: str, path: Path, text: str, quiet: bool) -> None:
-    from kvhive.html.page import write_page
-
-    write_page(path, text)
-    if not quiet:
-        err().print(f"{what}: {path}", markup=False, soft_wrap=True)
-
-
-def show(run: Run, json: bool = False, quiet: bool = False) -> None:
+def show(run: Run, json: bool, quiet: bool, console: Console) -> None:
     """What is missing, every task and the leaderboard, on stdout; notes on stderr."""
     from kvhive.evaluation.report.json import as_json
     from kvhive.evaluation.report.table import leaderboard, task_tables, unfinished
 
-    console = out()
     if json:
         console.out(as_json(run), end="", highlight=False)
     else:

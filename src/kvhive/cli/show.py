@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -12,10 +13,12 @@ from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
+    Json,
     MaxTokens,
     Model,
     Plugin,
     PrefillChunk,
+    Quiet,
     Threads,
     check_tokens,
     command_line,
@@ -24,8 +27,10 @@ from kvhive.cli.console import (
     out,
 )
 from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
+from kvhive.cli.outputs import Force, check_stdout, prepared, write
 
 if TYPE_CHECKING:
+    from kvhive.cache.report import Report
     from kvhive.comparison.shading import Word
 
 # From hardly any head to all of them: dark to bright ground, with letters that stay readable on it.
@@ -62,10 +67,13 @@ def show(
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="Write a page instead of printing."),
     ] = None,
+    force: Force = False,
     fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     max_tokens: MaxTokens = 32_768,
     plugin: Plugin = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
     model: Model = "smollm2",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -81,7 +89,7 @@ def show(
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.comparison.shading import pieces, shade
     from kvhive.comparison.survivors import Survivors
-    from kvhive.html.page import check_writable, write_page
+    from kvhive.html.kept import kept_page
     from kvhive.inference.document import Document
     from kvhive.inference.generation import check_length, read
     from kvhive.inference.prompt import Prompt
@@ -90,8 +98,8 @@ def show(
     load_plugins(plugin or ())
     chosen = recipe or default_recipe(fit)
     read_recipe(chosen, fit)
-    if html is not None:
-        check_writable(html)
+    outputs = prepared({"html": html}, [document, model, *(plugin or ())], force)
+    check_stdout(outputs, as_json)
     source = Document.read(document)
     network, tokenizer = load_model(model, dtype, device, threads)
     prompt = Prompt.build(tokenizer, source.text, [])
@@ -104,19 +112,23 @@ def show(
         read(network, cache, prompt.prefix, prefill_chunk)
     survivors = Survivors.of(cache)
     words = shade(source.text, prompt, survivors)
-    if html is None:
+    for output in outputs.values():
+        facts, texts = [str(parsed), f"{model} in {dtype}"], pieces(source.text, prompt)
+        told = (cache.report(), source.name, facts, command_line())
+        write(output, kept_page(words, texts, survivors, *told), "page")
+    if as_json:
+        print(json.dumps(as_data(words, len(survivors.rows), cache.report()), ensure_ascii=False))
+    elif not outputs:
         console = out()
         console.print(shaded_text(words))
         console.print(_legend(len(survivors.rows)))
         console.print(Text.assemble((f"{parsed}  ", "bold"), str(cache.report())), soft_wrap=True)
-        return
-    from kvhive.html.kept import kept_page
 
-    facts = [str(parsed), f"{model} in {dtype}"]
-    tokens = pieces(source.text, prompt)
-    text = kept_page(words, tokens, survivors, cache.report(), source.name, facts, command_line())
-    write_page(html, text)
-    err().print(Text.assemble("page: ", (str(html), "bold")), soft_wrap=True)
+
+def as_data(words: list[Word], heads: int, report: Report) -> dict[str, Any]:
+    """What was kept as plain values, for JSON: each word with the share of heads that hold it."""
+    held = [{"word": word.text, "kept": word.share} for word in words if word.share is not None]
+    return {**report.as_data(), "heads": heads, "words": held}
 
 
 def shaded_text(words: list[Word]) -> Text:

@@ -21,6 +21,7 @@ def as_markdown(run: Run, command: str) -> str:
     how = {name: settings[name] for name in ("model", "dtype", "limit", "seed", "block", "hold")}
     shown = {**how, **{name: facts[name] for name in _SHOWN}}
     lines = [
+        "<!-- kvhive report -->",
         f"# {run.name}",
         "",
         *_unfinished(run),
