@@ -75,6 +75,24 @@ def test_without_options_it_asks_for_a_summary_of_the_usual_recipes(run, documen
     assert "Summarise this document" in result.stdout
 
 
+def test_questions_may_be_turns(run, document, tmp_path):
+    words = ["compare", document, "--ask", "A?", "--ask", "B?", "-r", "buzz@80", *SHORT]
+    page = tmp_path / "turns.html"
+    fresh, turns = run(*words), run(*words, "--turns", "--html", page)
+    assert turns.exit_code == 0, turns.stderr
+    assert "questions as turns" in " ".join(turns.stdout.split())
+    assert "questions as turns" in page.read_text(encoding="utf-8")
+    assert "questions as turns" not in " ".join(fresh.stdout.split())
+    plain = [json.loads(run(*words, "--json", *more).stdout) for more in ([], ["--turns"])]
+    first, second = ([answer["answer"] for answer in part[0]["answers"]] for part in plain)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+    aware, fit = ["buzz@80", "--mode", "aware"], ["h2o", "--fit", "1MiB"]
+    for more, told in ((aware, "leave mode"), (fit, "h2o fits 1MiB as h2o@")):
+        result = run(*words[:6], "-r", *more, *SHORT, "--turns")
+        assert told in " ".join(result.stderr.split())
+
+
 def test_json_has_the_numbers(run, document):
     result = run("compare", document, *RECIPES, *SHORT, "--json", "--ask", "A?", "--ask", "B?")
     full, buzz, h2o = json.loads(result.stdout)

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from kvhive.comparison import compare as comparing
+from kvhive.comparison import run as running
 from kvhive.comparison.clock import seconds_when_done
+from kvhive.comparison.compare import compare
 from tests.cli.tiny import model, text, tokenizer
 
 
@@ -42,7 +43,7 @@ def test_on_a_cpu_there_is_nothing_to_wait_for(events: list[str]) -> None:
 
 def test_both_ends_of_a_prefill_wait(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of a model on a device: on either side of reading, wait, then look."""
-    read = comparing.read
+    read = running.read
 
     def noted_read(*given: object) -> torch.Tensor:
         events.append("begin to read")
@@ -51,9 +52,9 @@ def test_both_ends_of_a_prefill_wait(events: list[str], monkeypatch: pytest.Monk
         return logits
 
     fake = torch.device("cuda:0")
-    monkeypatch.setattr(comparing, "read", noted_read)
-    monkeypatch.setattr(comparing, "seconds_when_done", lambda device: seconds_when_done(fake))
-    results = comparing.compare(model(), tokenizer(), text(30), ["Who?"], [], max_new_tokens=2)
+    monkeypatch.setattr(running, "read", noted_read)
+    monkeypatch.setattr(running, "seconds_when_done", lambda device: seconds_when_done(fake))
+    results = compare(model(), tokenizer(), text(30), ["Who?"], [], max_new_tokens=2)
     first = events.index("read the clock")
     assert events[first - 1 : first + 5] == [
         "wait for cuda:0",

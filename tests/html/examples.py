@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvhive.cache.report import Report
-from kvhive.comparison.compare import Answer, Fidelity, Result
+from kvhive.comparison.result import Answer, Fidelity, Result
 from kvhive.comparison.results import Results
 from kvhive.comparison.shading import Word
 from kvhive.comparison.survivors import Survivors

@@ -78,6 +78,9 @@ def compare(
         QuestionMode,
         typer.Option(help="agnostic: compress before the question is seen; aware: with it."),
     ] = "agnostic",
+    turns: Annotated[
+        bool, typer.Option("--turns", help="The questions are turns of one conversation.")
+    ] = False,
     fit: Fit = None,
     sweep: Annotated[
         list[str] | None,
@@ -138,10 +141,10 @@ def compare(
     source = Document.read(document)
     questions = ask or [DEFAULT_QUESTION]
     network, tokenizer = load_model(model, dtype, device, threads)
-    prompt = Prompt.build(tokenizer, source.text, questions)
+    prompt = Prompt.build(tokenizer, source.text, questions, turns)
     check_tokens(source.name, len(prompt.spans), max_tokens)
     if sweep and kl is not None:
-        settings = (max_new_tokens, mode, prefill_chunk)
+        settings = (max_new_tokens, mode, turns, prefill_chunk)
         sweeps.run(network, tokenizer, source.text, questions, sweep, kl, by, settings, as_json)
         return
     if fit is not None:
@@ -156,6 +159,7 @@ def compare(
             recipes,
             max_new_tokens=max_new_tokens,
             mode=mode,
+            turns=turns,
             prefill_chunk=prefill_chunk,
             progress=progress,
         )
@@ -198,7 +202,8 @@ def _facts(prompt: Prompt, model: str, dtype: str, device: str, mode: QuestionMo
     threads = torch.get_num_threads()
     place = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
     seen = {"agnostic": "compressed before the question is seen", "aware": "question seen"}
-    return [f"{len(prompt.prefix):,} tokens", f"{model} in {dtype}", place, seen[mode]]
+    asked = ["questions as turns"] * prompt.turns
+    return [f"{len(prompt.prefix):,} tokens", f"{model} in {dtype}", place, seen[mode], *asked]
 
 
 def _notes(results: list[Result], prompt: Prompt, model: str) -> list[str]:

@@ -67,10 +67,10 @@ def fitted_recipes(
     does is told.
     """
     from kvhive.cache.footprint import Workload
-    from kvhive.comparison.compare import REFERENCE
+    from kvhive.comparison.run import REFERENCE
 
-    turn = max(map(len, prompt.questions))
-    work = Workload(tokens=prompt.longest + new, chunk=chunk, turn=turn)
+    turn = max(map(len, prompt.questions)) + prompt.turns  # the last token of an answer
+    work = Workload(tokens=prompt.longest(new) + new, chunk=chunk, turn=turn)
     found = []
     for text in recipes:
         try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
+from kvhive.cli.chat import Chat, is_wanted
 from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
@@ -30,6 +33,7 @@ from kvhive.units import MIB
 
 if TYPE_CHECKING:
     from kvhive.cache.report import Report
+    from kvhive.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +42,9 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -61,6 +67,10 @@ def generate(
         int | None, typer.Option(metavar="TOKENS", help="Draw among so many likeliest tokens.")
     ] = None,
     seed: Seed = 0,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Answer line after line, in one conversation on one cache."),
+    ] = False,
     fit: Fit = None,
     prefill_chunk: PrefillChunk = None,
     plugin: Plugin = None,
@@ -76,12 +86,15 @@ def generate(
     [dim]$[/dim] kvhive generate "Tell me about bees." --recipe 'buzz@256'
 
     [dim]$[/dim] cat letter.txt | kvhive generate - --recipe h2o@0.3 --max-new-tokens 400
+
+    [dim]$[/dim] kvhive generate --chat --recipe streaming_llm@1024
     """
     import torch
 
     from kvhive.cache.footprint import Workload
     from kvhive.cache.hive_cache import HiveCache
     from kvhive.inference.chat import chat_ids
+    from kvhive.inference.conversation import Conversation
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read
     from kvhive.inference.sampling import Sampling
@@ -91,18 +104,31 @@ def generate(
     load_plugins(plugin or ())
     chosen, sampling = recipe or default_recipe(fit), Sampling(temperature, top_k, top_p)
     read_recipe(chosen, fit)
+    talking = is_wanted(prompt, chat, as_json)
     text = Document.read(STDIN).text if prompt == STDIN else prompt
-    if not text.strip():
+    if text is not None and not text.strip():
         raise ValueError("the prompt is empty: give a text, or - to read it from stdin")
     network, tokenizer = load_model(model, dtype, device, threads)
+    if not tokenizer.chat_template:
+        way = (
+            "lines are asked as Question: ... Answer:"
+            if talking
+            else "it continues the text as it is"
+        )
+        note(f"{model} has no chat template: {way}.")
+    torch.manual_seed(seed)
+    if talking:
+        parsed = fitted_to(network, chosen, fit, Workload(chunk=prefill_chunk))
+        begin = partial(Conversation.begin, network, tokenizer, parsed, prefill_chunk)
+        options = {"max_new_tokens": max_new_tokens, **asdict(sampling)}
+        Chat(begin, options, partial(_tell, parsed)).run(text)
+        return
+    assert text is not None
     ids = chat_ids(tokenizer, text)
     work = Workload(tokens=len(ids) + max_new_tokens, chunk=prefill_chunk, turn=1)
     parsed = fitted_to(network, chosen, fit, work)
     cache = HiveCache.for_model(network, parsed)
     check_length(cache, len(ids), max_new_tokens, prefill_chunk)
-    if not tokenizer.chat_template:
-        note(f"{model} has no chat template: it continues the text as it is.")
-    torch.manual_seed(seed)
     with err().status(Text(f"reading {len(ids):,} tokens")):
         logits = read(network, cache, ids, prefill_chunk)
     ends = end_tokens(network, tokenizer)
@@ -118,7 +144,11 @@ def generate(
         print(json.dumps(told, indent=2, ensure_ascii=False))
         return
     sys.stdout.write("\n")
-    err().print(Text(f"{parsed}: {_held(cache.report())}", style="dim"), soft_wrap=True)
+    _tell(parsed, cache.report())
+
+
+def _tell(recipe: Recipe, report: Report) -> None:
+    err().print(Text(f"{recipe}: {_held(report)}", style="dim"), soft_wrap=True)
 
 
 def _held(report: Report) -> str:

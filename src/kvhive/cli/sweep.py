@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kvhive.comparison.compare import Result
+    from kvhive.comparison.result import Result
     from kvhive.comparison.sweep import Probe, Sweep
     from kvhive.inference.modes import QuestionMode
 
@@ -48,13 +48,13 @@ def run(
     recipes: list[str],
     kl: float,
     by: Unit,
-    settings: tuple[int, QuestionMode, int | None],
+    settings: tuple[int, QuestionMode, bool, int | None],
     as_json: bool,
 ) -> None:
     """Look for budgets, and print what was found."""
     from kvhive.comparison.sweep import sweep
 
-    new, mode, chunk = settings
+    new, mode, turns, chunk = settings
     reference, found = sweep(
         network,
         tokenizer,
@@ -65,6 +65,7 @@ def run(
         unit=by,
         max_new_tokens=new,
         mode=mode,
+        turns=turns,
         prefill_chunk=chunk,
         tried=tell,
     )

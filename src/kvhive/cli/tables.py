@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvhive.comparison.compare import Result
+from kvhive.comparison.result import Result
 from kvhive.comparison.results import measures
 from kvhive.wrapping import wrap
 

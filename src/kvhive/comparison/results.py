@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvhive.units import MIB
 
 if TYPE_CHECKING:
-    from kvhive.comparison.compare import Result
+    from kvhive.comparison.result import Result
 
 # What is measured of every recipe, and in what.
 COLUMNS = (

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from kvhive.budget import Budget
-from kvhive.comparison.compare import REFERENCE, Progress, Result, _Comparison, _Generated
+from kvhive.comparison.result import Result
+from kvhive.comparison.run import REFERENCE, Comparison, Generated, Progress
 from kvhive.inference.modes import QuestionMode
 from kvhive.inference.prompt import Prompt
 from kvhive.recipe import Recipe
@@ -68,6 +69,7 @@ def sweep(
     unit: Unit = "share",
     max_new_tokens: int = 64,
     mode: QuestionMode = "agnostic",
+    turns: bool = False,
     prefill_chunk: int | None = None,
     progress: Progress | None = None,
     tried: Callable[[Probe], None] | None = None,
@@ -87,13 +89,14 @@ def sweep(
     if not recipes:
         raise ValueError("sweep: give at least one recipe")
     free = [_free(recipe) for recipe in recipes]
-    prompt, asked = Prompt.build(tokenizer, document, list(questions)), tuple(questions)
-    comparison = _Comparison(
+    prompt = Prompt.build(tokenizer, document, list(questions), turns)
+    asked = tuple(questions)
+    comparison = Comparison(
         model, tokenizer, prompt, asked, max_new_tokens, mode, prefill_chunk, progress
     )
     if not comparison.fits(REFERENCE):
         raise ValueError(
-            f"the document and an answer ({prompt.longest:,} + {max_new_tokens:,} "
+            f"the document and an answer ({prompt.longest(max_new_tokens):,} + {max_new_tokens:,} "
             "tokens) are longer than the model was trained on, so there is no full cache to "
             "measure a loss against: give a part of it"
         )
@@ -129,8 +132,8 @@ def _budgets(recipe: Recipe, unit: Unit, seen: int) -> list[Budget]:
 
 
 def _bisect(
-    comparison: _Comparison,
-    reference: list[_Generated],
+    comparison: Comparison,
+    reference: list[Generated],
     recipe: Recipe,
     budgets: list[Budget],
     limit: float,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from kvhive.comparison.compare import Answer, Result
+from kvhive.comparison.result import Answer, Result
 from kvhive.comparison.results import COLUMNS, measures
 from kvhive.html.chart import Chart, Value, quality_chart
 from kvhive.html.hive_map import HiveMap

@@ -12,6 +12,7 @@ from kvhive.inference.generation import check_length, decode, end_tokens, read
 from kvhive.inference.prompt import question_ids
 from kvhive.inference.sampling import Sampling
 from kvhive.inference.text_pieces import pieces
+from kvhive.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +40,20 @@ class Conversation:
         self._chat, self._ends = ChatFormat.of(tokenizer), end_tokens(model, tokenizer)
         self._lead = lead  # what must be read before the next question
         self._answer: Generator[str] | None = None  # that is streamed now
+
+    @classmethod
+    def begin(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe | str = "h2o@0.4",
+        prefill_chunk: int | None = None,
+    ) -> Conversation:
+        """A conversation without a document, on an empty cache. Raises `ValueError` for a recipe
+        that cannot work.
+        """
+        cache, chat = HiveCache.for_model(model, recipe), ChatFormat.of(tokenizer)
+        return cls(model, tokenizer, cache, chat.ids(chat.head), prefill_chunk)
 
     def ask(
         self,

@@ -26,8 +26,10 @@ class Prompt:
 
     prefix: ids of head and document. head: how many of them come before the document. spans: for
     each document token, the characters `(start, end)` of the document it stands for. questions: ids
-    of each question with the end of its turn. chat: False when the model has no chat template, so
-    that the plain form "Question: ... Answer:" is used.
+    of each question with the end of its turn; as later turns of a conversation, also with what the
+    chat form writes after an answer. chat: False when the model has no chat template, so that the
+    plain form "Question: ... Answer:" is used. turns: whether the questions are turns of one
+    conversation.
     """
 
     prefix: tuple[int, ...]
@@ -35,10 +37,15 @@ class Prompt:
     spans: tuple[tuple[int, int], ...]
     questions: tuple[tuple[int, ...], ...]
     chat: bool
+    turns: bool = False
 
     @classmethod
     def build(
-        cls, tokenizer: PreTrainedTokenizerBase, document: str, questions: list[str]
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        document: str,
+        questions: list[str],
+        turns: bool = False,
     ) -> Prompt:
         """Words in the document that look like special tokens are read as ordinary text.
 
@@ -50,13 +57,18 @@ class Prompt:
         chat = ChatFormat.of(tokenizer)
         head = chat.ids(chat.head)
         body, spans = _document_ids(chat, document)
-        closed = tuple(question_ids(chat, question) for question in questions)
-        return cls((*head, *body), len(head), spans, closed, bool(tokenizer.chat_template))
+        closed = [question_ids(chat, question) for question in questions]
+        if turns:
+            closed[1:] = [(*chat.ids(chat.turn), *question) for question in closed[1:]]
+        with_chat = bool(tokenizer.chat_template)
+        return cls((*head, *body), len(head), spans, tuple(closed), with_chat, turns)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the document with the longest question."""
-        return len(self.prefix) + max((len(question) for question in self.questions), default=0)
+    def longest(self, new: int) -> int:
+        """The most tokens before an answer, where answers have at most `new`."""
+        sizes = [len(question) for question in self.questions]
+        if self.turns:
+            return len(self.prefix) + sum(sizes) + new * (len(sizes) - 1)
+        return len(self.prefix) + max(sizes, default=0)
 
 
 def question_ids(chat: ChatFormat, question: str) -> tuple[int, ...]:
