@@ -175,10 +175,11 @@ class Bench:
             "show": ["--html"],
             "report": ["--html", "--csv", "--markdown"],
         }
-        read = {"report": tuple(sorted(self.run.iterdir()))}
+        model = (self.document, *sorted(self.model.iterdir()))
+        read = {"report": tuple(sorted(self.run.iterdir())), "compare": model, "show": model}
         for place in places:
             for command, options in commands.items():
-                mine = read.get(command, self.guarded)
+                mine = read[command]
                 for option in options:
                     words = [*self.usual(command), option, str(place)]
                     never = (locked, Path("/dev/null"))

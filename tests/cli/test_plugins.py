@@ -21,7 +21,11 @@ def policy(tmp_path: Path) -> Iterator[Path]:
     assert len(source.splitlines()) < 45
     path.write_text(source.replace('"value_norm"', '"my_values"'), encoding="utf-8")
     yield path
-    POLICIES._classes.pop("my_values", None)
+    _forget("my_values")
+
+
+def _forget(policy: str) -> None:
+    POLICIES._classes.pop(policy, None)
     for name in [name for name in sys.modules if name.startswith("kvhive_plugin_")]:
         del sys.modules[name]
 
@@ -63,3 +67,41 @@ def test_a_name_that_is_taken_is_told(plain, policy):
     result = plain("recipes", "--plugin", policy)
     assert result.exit_code == 2
     assert "policy 'h2o' is registered twice" in result.stderr
+
+
+UNFINISHED = """
+from dataclasses import dataclass
+from kvhive.policies import POLICIES, Policy
+@POLICIES.register("unfinished_{name}")
+@dataclass(frozen=True)
+class Unfinished(Policy):
+    "Nothing yet."
+{body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "words"),
+    [
+        ("empty", "", "says nothing of what stays"),
+        (
+            "shape",
+            "    def score(self, slots, held):\n        return slots.valid[..., :1].float()\n",
+            "score must be [b, K, n]",
+        ),
+        (
+            "choice",
+            "    def select(self, slots, budget, score):\n        return slots.valid[..., :1]\n",
+            "what stays must be [b, K, n]",
+        ),
+    ],
+)
+def test_a_policy_that_is_not_finished_is_told_what_is_missing(
+    run, document, tmp_path, name, body, words
+):
+    path = tmp_path / f"{name}.py"
+    path.write_text(UNFINISHED.format(name=name, body=body))
+    result = run("show", document, "-r", f"unfinished_{name}@70", "--plugin", path)
+    _forget(f"unfinished_{name}")
+    assert result.exit_code == 2
+    assert words in result.stderr

@@ -103,7 +103,7 @@ class Eviction:
         return cut(self.policy, slots, held, shares.cpu(), shares.cpu(), score)
 
     def _score(self, slots: Slots, held: Held) -> Tensor:
-        score = self.policy.score(slots, held)
+        score = _score(self.policy, slots, held)
         if score is None:
             raise ValueError(
                 f"{self.limits.allocation.name} shares by the scores of tokens, and "
@@ -210,9 +210,26 @@ def cut(
         return None
     budget = torch.where(over, target, limits).to(slots.device)
     if score is None:
-        score = policy.score(slots, held)
+        score = _score(policy, slots, held)
     choice = policy.choose(slots, budget, score)
+    _check_shape(policy, "what stays", choice.keep, slots)
     return _plan(slots, choice, None if bool(over.all()) else over.to(slots.device))
+
+
+def _score(policy: Policy, slots: Slots, held: Held) -> Tensor | None:
+    score = policy.score(slots, held)
+    if score is not None:
+        _check_shape(policy, "score", score, slots)
+    return score
+
+
+def _check_shape(policy: Policy, what: str, given: Tensor, slots: Slots) -> None:
+    """Raises `ValueError` for a policy that does not speak of every slot."""
+    if given.shape != slots.valid.shape:
+        raise ValueError(
+            f"policy {policy.name}: {what} must be [b, K, n], here {tuple(slots.valid.shape)}, got "
+            f"{tuple(given.shape)}"
+        )
 
 
 def _plan(slots: Slots, choice: Choice, over: Tensor | None) -> Plan | None:

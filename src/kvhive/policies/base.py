@@ -60,6 +60,15 @@ class Policy(Spec):
     granularity: ClassVar[Literal["head", "layer", "model"]] = "head"
     ties: ClassVar[Literal["older", "newer"]] = "older"
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a class that does not say what stays, and as `Spec` does."""
+        super().__post_init__()
+        if self.sizing.budgeted and not any(_writes(type(self), name) for name in _CHOOSERS):
+            raise ValueError(
+                f"policy {self.name} says nothing of what stays: write score, protected, select or "
+                "choose"
+            )
+
     @property
     def needs(self) -> Needs:
         """What must be observed of every step's attention."""
@@ -140,6 +149,13 @@ class Policy(Spec):
         excess: what `excess` says. Rows are judged independently.
         """
         raise TypeError(f"{type(self).__name__} does not say which slots survive")
+
+
+_CHOOSERS = ("score", "protected", "select", "choose", "choose_all")
+
+
+def _writes(cls: type[Policy], name: str) -> bool:
+    return getattr(cls, name) is not getattr(Policy, name)
 
 
 POLICIES: Registry[Policy] = Registry("policy")
