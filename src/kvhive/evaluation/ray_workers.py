@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from kvhive.evaluation.data.source import VARIABLE
 from kvhive.evaluation.evaluator import Evaluator
 from kvhive.evaluation.settings import Settings, Unit
 from kvhive.evaluation.workers import Died, Failed, Reply, Worker, sendable
+from kvhive.files import expanded
 
 POLL = 5.0  # seconds between looks at workers that wait for a place
 PATIENCE = 60.0  # seconds a worker may wait for a place while others work
@@ -190,7 +190,7 @@ def _anywhere(settings: Settings) -> Settings:
     """With absolute paths: actors work in another folder than the command was given in."""
 
     def absolute(name: str) -> str:
-        path = Path(name).expanduser()
+        path = expanded(name)
         return str(path.resolve()) if path.exists() else name
 
     data = settings.data or os.environ.get(VARIABLE)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from kvhive.evaluation.data import made_up
 from kvhive.evaluation.data.catalogue import DataSet, Record, find
 from kvhive.evaluation.schema import check
+from kvhive.files import expanded
 
 VARIABLE = "KVHIVE_DATA"
 _HELP = (
@@ -51,7 +52,7 @@ def open_source(where: str | None) -> Source:
         from kvhive.evaluation.data.hub import HubSource
 
         return HubSource()
-    folder = Path(place).expanduser()
+    folder = expanded(place)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no data folder {place!r}: {_HELP}")
     return Folder(folder)
