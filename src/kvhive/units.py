@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 MIB = 2**20
+MOST_TOKENS = 2**31 - 1
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)")
 _SIZE = "a size such as 24MiB, 40GiB, 1.5GB or a whole number of bytes"
@@ -65,4 +66,6 @@ def parse_tokens(text: str) -> int:
     tokens = Fraction(number) * 1024 ** _POWERS[unit]
     if tokens < 1 or tokens.denominator != 1:
         raise ValueError(f"tokens: expected a whole number of at least 1, got {text!r}")
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"tokens: must be at most {MOST_TOKENS}, got {text!r}")
     return int(tokens)

@@ -54,6 +54,9 @@ class Support:
         except ValueError:
             kind = f"{config.model_type} is no causal language model that transformers knows"
             return cls(config.model_type, kind)
+        except Exception as error:  # a damaged config ends in errors of many kinds
+            told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return cls(config.model_type, f"its config cannot be used ({told})")
         model.config.pad_token_id = None  # some look for it among the tokens, which are none here
         text = model.config.get_text_config(decoder=True)
         facts: dict[str, Any] = {

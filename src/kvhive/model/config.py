@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from kvhive.files import expanded
+from kvhive.model.pretrained import naming
 from kvhive.model.smollm2 import smollm2_folder
 
 
@@ -28,16 +29,14 @@ def load_config(name: str | Path) -> PretrainedConfig:
         raise FileNotFoundError(f"no model in {str(path)!r}: the folder has no config.json")
     try:
         place = path if local else name
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            place, local_files_only=local, **options
-        )
+        with naming(f"the config of {str(name)!r}"):
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                place, local_files_only=local, **options
+            )
     except OSError as error:
         raise OSError(
             f"no model {str(name)!r}: expected 'smollm2', a folder, a .gguf file or the id of a "
             "causal language model that the Hugging Face hub, or its cache on this computer, can "
             "provide"
         ) from error
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the config of {str(name)!r} cannot be used: {reason}") from error
     return config

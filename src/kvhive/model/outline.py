@@ -92,10 +92,13 @@ class Outline:
             model.tie_weights()
             turned = () if cannot_turn(model) else range(config.get_text_config().num_hidden_layers)
             return cls.of(model, turned)
-        except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # a damaged config ends in errors of many kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"a {config.model_type} model cannot be laid out from its config alone "
-                f"({str(error).splitlines()[0]}); load it, and use HiveCache.for_model(fits=...)"
+                f"a {config.model_type} model cannot be laid out from its config alone ({reason}); "
+                "load it, and use HiveCache.for_model(fits=...)"
             ) from error
 
     def stock_layers(self) -> dict[int, Any]:

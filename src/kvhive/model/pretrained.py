@@ -25,7 +25,7 @@ def from_folder(folder: Path, options: dict[str, Any]) -> Loaded:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model in {str(folder)!r}: the folder has no config.json")
-    with without_bars(), _naming(f"the model in {str(folder)!r}"):
+    with without_bars(), naming(f"the model in {str(folder)!r}"):
         return _loaded(folder, {}, {"local_files_only": True, **options})
 
 
@@ -37,7 +37,7 @@ def from_hub(name: str, options: dict[str, Any]) -> Loaded:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"no model at {name!r}: there is no such folder")
     try:
-        with _naming(f"the model {name!r}"):
+        with naming(f"the model {name!r}"):
             return _loaded(name, {}, options)
     except OSError as error:
         raise OSError(
@@ -61,7 +61,7 @@ def from_gguf(file: Path, options: dict[str, Any]) -> Loaded:
         )
     # The GGUF reader draws a bar of its own that no setting turns off, hence the redirection.
     quiet = contextlib.redirect_stderr(io.StringIO())
-    with without_bars(), quiet, _naming(f"the model in {str(file)!r}"):
+    with without_bars(), quiet, naming(f"the model in {str(file)!r}"):
         return _loaded(file.parent, {"gguf_file": file.name}, {**options, **_plain_weights()})
 
 
@@ -98,9 +98,10 @@ def _loaded(place: str | Path, both: dict[str, Any], options: dict[str, Any]) ->
 
 
 @contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Raises `ValueError` in one sentence for whatever damage ends transformers in (KeyError,
-    RuntimeError, ...); what is missing, of files or packages, passes.
+def naming(what: str) -> Iterator[None]:
+    """Around what transformers makes of a model's files: raises `ValueError` in one sentence for
+    whatever damage ends it in (KeyError, RuntimeError, ...); what is missing, of files or packages,
+    passes.
     """
     try:
         yield
