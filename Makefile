@@ -20,12 +20,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/demo.stamp ## compare four recipes on examples/demo.md, also as report.html
+demo: $(VENV)/demo.stamp ## compare recipes on examples/demo.md, also as report.html
 	$(BIN)/kvhive compare examples/demo.md \
-		--ask "What is the file number of this report?" \
-		--ask "What is the pass code for the pump house?" \
 		--ask "What is the claim number?" \
-		--recipe full --recipe buzz@0.4 --recipe h2o@0.4 --recipe streaming_llm@0.4 \
+		--ask "What is the name of the insurer?" \
+		--ask "Who was the keeper of the lock?" \
+		--recipe full --recipe h2o@0.4 --recipe snapkv@0.4 --recipe 'buzz(prefill=streamed)@0.4' \
 		--threads 1 --html report.html
 
 test: $(VENV)/dev.stamp ## run all tests
@@ -42,8 +42,8 @@ docs: $(VENV)/dev.stamp ## write docs/methods.md anew, from the registries
 	mv docs/methods.md.new docs/methods.md
 
 bench: $(VENV)/demo.stamp ## measure speed and memory
-	$(BIN)/python benchmarks/speed.py --prompt 4096 --new 128 --recipe full --recipe buzz@0.4
-	$(BIN)/python benchmarks/memory.py --prompt 4096 --recipe full --recipe buzz@0.4
+	$(BIN)/python benchmarks/speed.py --prompt 4096 --new 128 --recipe full --recipe h2o@0.4
+	$(BIN)/python benchmarks/memory.py --prompt 4096 --recipe full --recipe h2o@0.4
 
 format: $(VENV)/dev.stamp ## format the code and repair what the linter can
 	$(BIN)/ruff check --fix

@@ -95,7 +95,7 @@ class Knob:
         return ValueError(f"{owner}: {self.name} must be {wanted}, got {given}")
 
 
-def whole(owner: str, name: str, value: object, least: int = 0) -> int:
+def whole(owner: str, name: str, value: object, least: int | None = 0) -> int:
     """A whole number that a function was given, as `Knob.check` reads it."""
     return int(Knob(name, int, 0, least=least).check(owner, value))
 

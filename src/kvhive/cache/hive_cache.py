@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from kvhive.cache import speculation
 from kvhive.cache.attention import attach
 from kvhive.cache.fitting import fitted
 from kvhive.cache.footprint import Workload
+from kvhive.cache.frozen import Frozen
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
@@ -85,8 +85,7 @@ class HiveCache(Cache):
         Raises `ValueError` for a recipe that cannot work, for a model that kvhive does not support,
         naming what is missing, for a profile of another model, and for a size that nothing fits.
         """
-        if isinstance(profile, str | Path):
-            profile = Profile.load(profile)
+        profile = None if profile is None else Profile.of(profile)
         if fits is None and (tokens, batch, turn) != (None, 1, HEADROOM):
             raise ValueError("tokens=, batch= and turn= say what fits= is to hold; give fits= too")
         parsed = Recipe.parse(recipe) if fits is None else Recipe.without_budget(recipe)
@@ -146,7 +145,10 @@ class HiveCache(Cache):
         Older releases of transformers pass a tensor. Raises `ValueError` for a positive argument
         and for a crop behind an eviction.
         """
-        remove = -int(tokens_to_remove)
+        count = tokens_to_remove
+        remove = -whole(
+            "crop", "tokens_to_remove", int(count) if torch.is_tensor(count) else count, None
+        )
         speculation.crop(self.hive_layers(), remove)
         for layer in self._stock_layers():
             layer.crop(-remove)
@@ -223,14 +225,14 @@ class HiveCache(Cache):
 
     # ---- turns ----------------------------------------------------------------------------------
 
-    def freeze(self) -> Frozen:
+    def freeze(self) -> Frozen[HiveCache]:
         """Stop evicting, so that a question can be asked without losing any of the document.
 
         Lasts until `thaw()`, or as `with cache.freeze(): ...` until the block ends; blocks may lie
         in one another. What was added meanwhile counts towards the budget at the first step after.
         """
         self.progress.frozen += 1
-        return Frozen(self)
+        return Frozen(self, self.progress)
 
     def thaw(self) -> None:
         """Evict again from the next step on, however often the cache was frozen."""
@@ -249,25 +251,6 @@ class HiveCache(Cache):
             raise ValueError("make_room: drafts wait for crop(); call end_recording() first")
         for layer in self.hive_layers():
             layer.make_room(tokens)
-
-
-class Frozen:
-    """Handle of `HiveCache.freeze`: ends it at the end of a `with` block."""
-
-    def __init__(self, cache: HiveCache) -> None:
-        self._cache = cache
-
-    def __enter__(self) -> HiveCache:
-        return self._cache
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        progress = self._cache.progress
-        progress.frozen = max(0, progress.frozen - 1)
 
 
 def make_layers(

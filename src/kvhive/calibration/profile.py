@@ -32,6 +32,15 @@ class Profile:
     tensors: Mapping[str, Tensor]
 
     @classmethod
+    def of(cls, given: Profile | str | Path) -> Profile:
+        """A profile as it is, or the one in a file. Raises as `load`, `TypeError` for neither."""
+        if isinstance(given, Profile):
+            return given
+        if not isinstance(given, str | Path):
+            raise TypeError(f"profile: expected a Profile or the name of a file, got {given!r}")
+        return cls.load(given)
+
+    @classmethod
     def load(cls, path: str | Path) -> Profile:
         """From a file that `save` wrote; no code is run.
 

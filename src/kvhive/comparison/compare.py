@@ -48,8 +48,10 @@ def compare(
     A document beyond the length the model was trained on has no full cache to compare with: the
     recipes that can read it run without the reference, and their `fidelity` is None.
 
-    Raises `ValueError` before anything runs for input or a recipe that cannot work.
+    Raises `ValueError` before anything runs for input or a recipe that cannot work, `TypeError` for
+    texts that are none.
     """
+    _check_texts(document, questions)
     prompt = Prompt.build(tokenizer, document, list(questions), turns)
     wanted = list(dict.fromkeys(Recipe.parse(recipe) for recipe in recipes))
     comparison = Comparison(
@@ -65,3 +67,11 @@ def compare(
         if recipe == REFERENCE:
             reference = answers
     return results
+
+
+def _check_texts(document: str, questions: Sequence[str]) -> None:
+    if not isinstance(document, str):
+        raise TypeError(f"compare: document must be a text, got {type(document).__name__}")
+    listed = isinstance(questions, list | tuple)
+    if not (listed and all(isinstance(question, str) for question in questions)):
+        raise TypeError(f"compare: questions must be a list of texts, got {questions!r:.60}")
