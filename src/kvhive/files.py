@@ -186,5 +186,8 @@ def _unwritten(error: OSError, path: Path) -> OSError:
     """The error with the file's name, and what to do when the disk is full."""
     reason = (error.strerror or str(error)).lower()
     if error.errno in _NO_ROOM:
-        reason = "the disk is full, or no larger file is allowed there; make room and run it again"
+        reason = (
+            "the disk is full, or no larger file is allowed there; nothing is lost: make room and "
+            "run the same command again"
+        )
     return type(error)(f"cannot write {str(path)!r}: {reason}")

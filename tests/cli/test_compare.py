@@ -159,3 +159,11 @@ def test_a_document_beyond_the_trained_length_runs_in_chunks_without_a_reference
     assert result.exit_code == 0, result.stderr
     assert "no full cache to compare with" in " ".join(result.stderr.split())
     Page(path.read_text(encoding="utf-8"))
+
+
+def test_progress_in_a_pipe_is_lines(run, document):
+    result = run("compare", document, "-r", "h2o@70", *SHORT)
+    lines = result.stderr.splitlines()
+    assert any(line.startswith("full: reading") for line in lines)
+    assert "h2o@70: done" in lines
+    assert "\x1b" not in result.stderr

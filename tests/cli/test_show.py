@@ -91,3 +91,18 @@ def test_the_ground_grows_brighter_with_the_share():
     assert len(set(styles)) == 4
     grounds = [int(re.search(r"on #(..)", style).group(1), 16) for style in styles[1:]]
     assert grounds == sorted(grounds)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ("streaming_llm(sink=5000)@0.4", "ask for 5,001 tokens"),
+        ("h2o@5000", "its budget is not below that"),
+        ("h2o@0.4", ""),
+    ],
+)
+def test_a_budget_that_is_no_limit_is_told(run, document, recipe, why):
+    result = run("show", document, "-r", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert why in result.stderr
+    assert ("kept all" in result.stderr) == bool(why)

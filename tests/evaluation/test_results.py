@@ -243,7 +243,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 def test_a_disk_full_at_the_very_end_loses_nothing(tmp_path, monkeypatch, number):
     """There is no room for the rows in order beside those that are there."""
 
-    def full(file, data):
+    def full(descriptor):
         raise OSError(number, "no room")
 
     with ResultsFolder(tmp_path) as results:
@@ -251,11 +251,11 @@ def test_a_disk_full_at_the_very_end_loses_nothing(tmp_path, monkeypatch, number
         results.append(unit("b"))
         results.append(unit("a"))
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_write", full)
+            patch.setattr("os.fsync", full)
             with pytest.raises(OSError, match="nothing is lost: make room and run the same"):
                 results.finish(lambda row: row["item"])
     assert read_rows(tmp_path) == [*unit("b"), *unit("a")]
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_finished_rows_are_in_order(tmp_path):
@@ -266,4 +266,4 @@ def test_finished_rows_are_in_order(tmp_path):
         results.finish(lambda row: (row["item"], row["recipe"]))
     lines = (tmp_path / ROWS).read_text().splitlines()
     assert [json.loads(line)["item"] for line in lines] == list("aabbcc")
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))

@@ -31,6 +31,7 @@ from kvhive.cli.console import (
     recipe_bars,
 )
 from kvhive.cli.fitting import Fit, fitted_recipes, read_recipe
+from kvhive.cli.kept_all import kept_all
 from kvhive.cli.outputs import Force, check_stdout, prepared, write
 from kvhive.inference.modes import QuestionMode
 
@@ -219,6 +220,7 @@ def _notes(results: list[Result], prompt: Prompt, model: str) -> list[str]:
             f"KL divergence and top-1 agreement rest on {measured.positions} answer tokens only; "
             "ask more for steadier numbers."
         )
+    notes += [sentence for result in results if (sentence := kept_all(result.report))]
     if not prompt.chat:
         notes.append(
             f'{model} has no chat template: asked in the plain form "Question: ... Answer:".'

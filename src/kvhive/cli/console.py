@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, Any
@@ -169,16 +169,20 @@ def command_line() -> str:
 
 @contextmanager
 def recipe_bars(recipes: list[str]) -> Iterator[Any]:
-    """A progress bar for every recipe on stderr; yields what `compare(progress=...)` wants."""
+    """A progress bar for every recipe on stderr, or lines where that is no terminal; yields what
+    `compare(progress=...)` wants.
+    """
     console = err()
+    if not console.is_terminal:
+        yield _progress_lines(console)
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28, complete_style="yellow", finished_style="green"),
         TextColumn("{task.fields[doing]}", style="dim"),
         TimeElapsedColumn(),
     )
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         bars: dict[str, TaskID] = {}
 
         def add(recipe: str) -> None:
@@ -195,6 +199,18 @@ def recipe_bars(recipes: list[str]) -> Iterator[Any]:
         for recipe in recipes:
             add(recipe)
         yield update
+
+
+def _progress_lines(console: Console) -> Callable[[str, str, float], None]:
+    """A line whenever a recipe begins something else."""
+    doing_now: dict[str, str] = {}
+
+    def update(recipe: str, doing: str, share: float) -> None:
+        if doing_now.get(recipe) != doing:
+            doing_now[recipe] = doing
+            console.print(Text(f"{recipe}: {doing}", style="dim"), soft_wrap=True)
+
+    return update
 
 
 def _sentence(error: BaseException) -> str:

@@ -24,9 +24,11 @@ from kvhive.cli.console import (
     command_line,
     err,
     load_model,
+    note,
     out,
 )
 from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
+from kvhive.cli.kept_all import kept_all
 from kvhive.cli.outputs import Force, check_stdout, prepared, write
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ def show(
         facts, texts = [str(parsed), f"{model} in {dtype}"], pieces(source.text, prompt)
         told = (cache.report(), source.name, facts, command_line())
         write(output, kept_page(words, texts, survivors, *told), "page")
+    if sentence := kept_all(cache.report()):
+        note(sentence)
     if as_json:
         print(json.dumps(as_data(words, len(survivors.rows), cache.report()), ensure_ascii=False))
     elif not outputs:

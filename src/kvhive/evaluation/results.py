@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from kvhive.evaluation.row import ROW_SHAPE, RUN_SHAPE
 from kvhive.evaluation.schema import check
+from kvhive.files import write_whole
 
 Row = dict[str, Any]
 RUN, ROWS, LOCK = "run.json", "rows.jsonl", "lock"
@@ -83,7 +84,7 @@ class ResultsFolder:
         elif (self.folder / ROWS).exists():
             raise ValueError(f"{str(self.folder)!r} has rows but no {RUN}; choose another folder")
         else:
-            _replace(path, json.dumps(now, indent=2, ensure_ascii=False).encode() + b"\n")
+            write_whole(path, json.dumps(now, indent=2, ensure_ascii=False).encode() + b"\n")
         return read_rows(self.folder) if (self.folder / ROWS).exists() else []
 
     def keep_only(self, rows: Sequence[Row]) -> None:
@@ -91,7 +92,7 @@ class ResultsFolder:
         if self._file is not None:
             self._file.close()
             self._file = None
-        _replace(self.folder / ROWS, b"".join(map(_line, rows)))
+        write_whole(self.folder / ROWS, b"".join(map(_line, rows)))
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add a unit's rows, all or none.
@@ -190,18 +191,6 @@ def _write(file: IO[bytes], data: bytes) -> None:
     while left:
         left = left[file.write(left) :]
     os.fsync(file.fileno())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """The old file or the whole new one is there at every moment."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb", buffering=0) as file:
-            _write(file, data)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _full(error, path.parent) from error
 
 
 def _full(error: OSError, folder: Path) -> OSError:
