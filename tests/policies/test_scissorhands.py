@@ -165,7 +165,7 @@ def test_a_smaller_budget_for_a_turn_is_met() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"history": 0}, "history must be at least 1, got 0"),
+        ({"history": 0}, "history must be between 1 and 65536, got 0"),
         ({"recent": -1}, "recent must be at least 0, got -1"),
         ({"drop": 0}, "drop must be at least 1, got 0"),
     ],

@@ -99,7 +99,8 @@ def _document(given: str | Path | Document) -> Document:
         return given
     if isinstance(given, Path):
         return Document.read(str(given))
-    if len(given) < 256 and "\n" not in given and "\0" not in given and Path(given).is_file():
+    a_name = given.strip() and len(given) < 256 and "\n" not in given and "\0" not in given
+    if a_name and Path(given).is_file():
         raise ValueError(
             f"{given!r} is the name of a file; give Path({given!r}) to read it, or its text"
         )
