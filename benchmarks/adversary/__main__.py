@@ -24,11 +24,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)  # names without a folder land there
         every = (*commands.cases(Path(place)), *library.cases(), *knobs.cases())
-        CASES.extend(case for case in every if words in case.name)
+        wanted = [case for case in every if words in case.name]
+        alone = [case for case in wanted if case.before is not None]
+        CASES.extend(case for case in wanted if case.before is None)
+        outcomes = list(map(run, track(alone, description="one by one")))
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(os.cpu_count(), mp_context=fork) as pool:
             running = pool.map(run_number, range(len(CASES)))
-            outcomes = list(track(running, description="cases", total=len(CASES)))
+            outcomes += track(running, description="side by side", total=len(CASES))
         os.chdir("/")
     return report(outcomes)
 

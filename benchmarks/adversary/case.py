@@ -23,14 +23,15 @@ class Case:
     """What is called, in a process of its own.
 
     call: gets the exit code of a command, or raises what a user of the library would see. stdin:
-    bytes; None: closed. guarded: files that must be the same afterwards. before: done first.
+    bytes; None: closed. guarded: files that must be the same afterwards. before: done first;
+    such a case must not run beside others.
     """
 
     name: str
     call: Callable[[], int]
     stdin: bytes | None = b""
     guarded: tuple[Path, ...] = ()
-    before: Callable[[], object] = lambda: None
+    before: Callable[[], object] | None = None
 
 
 @dataclass
@@ -48,7 +49,8 @@ FAULTS = ("traceback", "a bug", "hang", "lost file", "died", "several lines")
 
 def run(case: Case) -> Outcome:
     """The case in a child of this process, which has everything loaded."""
-    case.before()
+    if case.before is not None:
+        case.before()
     sums = [_sum(path) for path in case.guarded]
     start = time.perf_counter()
     with tempfile.TemporaryFile() as told:

@@ -77,7 +77,7 @@ class Bench:
         stdin: bytes | None = b"",
         guard: tuple[Path, ...] = (),
         only: tuple[Path, ...] | None = None,
-        before: Callable[[], object] = lambda: None,
+        before: Callable[[], object] | None = None,
     ) -> Case:
         """A command; unless it names a model, the tiny one. guard: besides the usual files; only:
         instead of them.
