@@ -23,12 +23,14 @@ from kvhive.cli.console import (
     note,
     out,
 )
+from kvhive.wrapping import wrap
 
 if TYPE_CHECKING:
     from kvhive.cache.footprint import Workload
     from kvhive.model.outline import Outline
     from kvhive.planning import Planned
 
+_FIGURES = 66  # letters that the columns beside a recipe's name take
 _DEFAULT_RECIPES = ["full", "h2o@0.4", "snapkv@0.4", "buzz@0.4", "streaming_llm@0.4"]
 
 
@@ -141,20 +143,27 @@ def _print(
     from kvhive.units import bytes_text
 
     weights = f"{outline.parameters:,} parameters, {bytes_text(outline.weight_bytes)}"
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("recipe", overflow="fold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+    )
+    table.add_column("recipe", no_wrap=True)
     titles = ["cache\nheld", "cache while\nreading", "with\nweights"]
     titles += ["fits"] if memory else []
     titles += ["largest\nbatch", "longest\ncontext"] if memory else []
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
+    names = max(12, out().width - _FIGURES)
     for row in rows:
         sizes = (row.cache, row.reading, outline.weight_bytes + row.reading)
         cells = [bytes_text(size) for size in sizes]
         if memory:
             cells += ["yes" if row.fits else "no"]
             cells += [f"{number:,}" for number in (row.largest_batch, row.longest_context)]
-        table.add_row(Text(str(row.recipe), style="bold"), *cells)
+        table.add_row(Text(wrap(str(row.recipe), names), style="bold"), *cells)
     rows_text = f"{work.batch:,} row{'s' * (work.batch > 1)}"
     asked = [f"{work.tokens:,} tokens", rows_text]
     asked += [f"memory {bytes_text(memory)}"] if memory else []

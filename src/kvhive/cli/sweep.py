@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kvhive.cli.console import note, out
 from kvhive.units import MIB
+from kvhive.wrapping import wrap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvhive.comparison.sweep import Probe, Sweep
     from kvhive.inference.modes import QuestionMode
 
+_FIGURES = 56  # letters that the columns beside a recipe's name take
 Unit = Literal["share", "tokens"]
 
 
@@ -87,18 +89,19 @@ def tell(probe: Probe) -> None:
 def sweep_table(reference: Result, sweeps: list[Sweep]) -> Table:
     """One line for every recipe: the smallest budget within the loss."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("smallest within the loss", overflow="fold")
+    table.add_column("smallest\nwithin the loss", no_wrap=True)
     for title in ("tokens\nkept", "cache\nMiB", "x\nsmaller", "KL\nnats", "top-1\nagree", "tried"):
         table.add_column(title, justify="right", no_wrap=True)
+    names = max(16, out().width - _FIGURES)
     table.add_row(Text(f"{reference.recipe} (reference)"), *_cells(reference), "-")
     for one in sweeps:
         tried = str(len(one.probes))
         if one.found is None:
             name = f"{one.recipe.policy.name}: none"
-            table.add_row(Text(name, style="bold"), *["-"] * 5, tried)
+            table.add_row(Text(wrap(name, names), style="bold"), *["-"] * 5, tried)
         else:
             name = str(one.found.recipe)
-            table.add_row(Text(name, style="bold"), *_cells(one.found.result), tried)
+            table.add_row(Text(wrap(name, names), style="bold"), *_cells(one.found.result), tried)
     return table
 
 
