@@ -1,4 +1,4 @@
-"""`--fit`: a size in place of budgets, on the commands that read something."""
+"""`--recipe` and `--fit`: what is run, by its budget or by a size in its place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import note
 
 if TYPE_CHECKING:
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
     from kvhive.inference.prompt import Prompt
     from kvhive.recipe import Recipe
 
+DEFAULT, DEFAULT_BUDGET = "h2o", "0.4"
+OneRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help=f"Default: {DEFAULT}@{DEFAULT_BUDGET}.",
+        autocompletion=complete_recipe,
+    ),
+]
 Fit = Annotated[
     str | None,
     typer.Option(
@@ -27,7 +39,7 @@ Fit = Annotated[
 
 def default_recipe(fit: str | None) -> str:
     """What runs when no recipe was named."""
-    return "h2o@0.4" if fit is None else "h2o"
+    return f"{DEFAULT}@{DEFAULT_BUDGET}" if fit is None else DEFAULT
 
 
 def read_recipe(recipe: str, fit: str | None) -> Recipe:

@@ -12,7 +12,6 @@ import typer
 from rich.text import Text
 
 from kvhive.cli.chat import Chat, is_wanted
-from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
@@ -28,7 +27,7 @@ from kvhive.cli.console import (
     load_model,
     note,
 )
-from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
+from kvhive.cli.fitting import Fit, OneRecipe, default_recipe, fitted_to, read_recipe
 from kvhive.units import MIB
 
 if TYPE_CHECKING:
@@ -45,16 +44,7 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The text, or - for stdin.")
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="RECIPE",
-            help="Default: h2o@0.4.",
-            autocompletion=complete_recipe,
-        ),
-    ] = None,
+    recipe: OneRecipe = None,
     max_new_tokens: NewTokens = 256,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 draws one.")

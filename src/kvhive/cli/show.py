@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from kvhive.cli.completion import complete_recipe
 from kvhive.cli.console import (
     Device,
     Dtype,
@@ -27,7 +26,7 @@ from kvhive.cli.console import (
     note,
     out,
 )
-from kvhive.cli.fitting import Fit, default_recipe, fitted_to, read_recipe
+from kvhive.cli.fitting import Fit, OneRecipe, default_recipe, fitted_to, read_recipe
 from kvhive.cli.kept_all import kept_all
 from kvhive.cli.outputs import Force, check_stdout, prepared, write
 
@@ -55,16 +54,7 @@ def show(
     document: Annotated[
         str, typer.Argument(metavar="DOC", help="Text, Markdown or PDF file, or - for stdin.")
     ],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="RECIPE",
-            help="Default: h2o@0.4.",
-            autocompletion=complete_recipe,
-        ),
-    ] = None,
+    recipe: OneRecipe = None,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", readable=False, help="Write a page instead of printing."),
