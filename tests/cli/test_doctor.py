@@ -15,7 +15,7 @@ from kvhive.cli import checks
 from kvhive.evaluation.data.catalogue import CATALOGUE
 from tests.cli.tiny import TRAINED_LENGTH
 
-EXTRAS = {"plots", "pdf", "smollm2", "eval", "ray", "lm-eval"}
+EXTRAS = {"pdf", "smollm2", "eval", "ray", "lm-eval"}
 
 
 @pytest.fixture(autouse=True)
