@@ -59,6 +59,19 @@ class Plan:
         """Whether any head keeps fewer than the longest."""
         return int(self.tally.min()) < self.longest
 
+    @cached_property
+    def uneven(self) -> bool:
+        """Whether heads keep so different numbers that padding to the longest would cost more than
+        a sixteenth.
+        """
+        padded = self.longest * self.tally.numel()
+        return 16 * (padded - int(self.tally.sum())) > padded
+
+    @property
+    def mean(self) -> int:
+        """Tokens that a head keeps, on average, rounded up."""
+        return -(-int(self.tally.sum()) // self.tally.numel())
+
     def rows(self, room: int) -> Tensor:
         """int64 `[b * K * longest]`: `index` where all slots of all heads, `room` of each, lie one
         after the other.

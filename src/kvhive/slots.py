@@ -11,6 +11,7 @@ Nothing here asks the device for a number but `recount` and `truncate` in a padd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from kvhive.plan import Plan
 from kvhive.step import Step
 
 EMPTY = -1
+WASTED = 32  # empty slots are not held where they take more than 1 / WASTED of the keys' bytes
 SHORT_MAX = torch.iinfo(torch.int16).max
 
 
@@ -41,7 +43,8 @@ class Slots:
     there itself; notes: numbers of its that are the same for all rows, known to the CPU.
     Positions count the real tokens of a row, padding excluded, from 0; they are held in 2 bytes
     until a row has seen 32,767 tokens, then in 4. Where all rows agree, those of tokens decoded
-    since the last look are consecutive and not written down before somebody asks.
+    since the last look are consecutive and not written down before somebody asks. Where heads
+    differ much, what is held between two steps is `pack`ed, without the empty slots.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Slots:
         counters: Mapping[str, torch.dtype],
         device: torch.device,
     ) -> None:
-        self.heads = heads
+        self.batch, self.heads = batch, heads
         self.length = 0
         self.holes = False  # whether any of the slots in use may be empty
         self.gaps = False  # whether empty slots may lie behind tokens, instead of in front
@@ -73,11 +76,8 @@ class Slots:
         self.notes: dict[str, int] = {}
         self._tally = torch.zeros(batch, heads, dtype=torch.int64)
         self._grown = 0  # tokens of every head that `_tally` does not count yet
-
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return self._position.shape[0]
+        self._empty = 0  # slots that were empty after the last eviction
+        self._packed: Tensor | None = None  # int64 [b, K] on the CPU, slots that are packed
 
     @property
     def room(self) -> int:
@@ -106,7 +106,7 @@ class Slots:
     def valid(self) -> Tensor:
         """bool `[b, K, n]`: whether the slot holds a token."""
         if not self.holes:
-            shape = (*self._position.shape[:2], self.length)
+            shape = (self.batch, self.heads, self.length)
             return torch.ones(shape, dtype=torch.bool, device=self.device)
         self._write_positions()
         return self._position[:, :, : self.length] >= 0
@@ -116,7 +116,7 @@ class Slots:
         """int64 `[b, K]`: tokens held."""
         if self.holes:
             return self.valid.sum(-1)
-        size = self._position.shape[:2]
+        size = (self.batch, self.heads)
         return torch.full(size, self.length, dtype=torch.int64, device=self.device)
 
     @property
@@ -128,7 +128,7 @@ class Slots:
             valid = self.valid
             return valid.cumsum(-1).masked_fill(~valid, 0) - 1
         place = torch.arange(self.length, device=self.device)
-        return place.expand(*self._position.shape[:2], -1)
+        return place.expand(self.batch, self.heads, -1)
 
     @property
     def tally(self) -> Tensor:
@@ -146,10 +146,12 @@ class Slots:
         """The column's slots in use, a view `[b, K, n, *shape]` that may be written in place."""
         if self.before_reading is not None:
             self.before_reading()
+        self._unpack()
         return self._columns[column][:, :, : self.length]
 
     def reshape(self, column: str, shape: tuple[int, ...]) -> None:
         """Give a column another trailing shape, all zeros, known from the first step only."""
+        self._unpack()
         held = self._columns[column]
         if held.shape[3:] != shape:
             self._columns[column] = held.new_zeros(*held.shape[:3], *shape)
@@ -168,9 +170,10 @@ class Slots:
             self._grown += step.brings
         else:
             self._tally = self.tally + step.brings[:, None]
-        for name, column in self._columns.items():
-            if column.shape[2] < self.length:
-                self._columns[name] = widen(column, first, self._room)
+        if self._packed is None:
+            for name, column in self._columns.items():
+                if column.shape[2] < self.length:
+                    self._columns[name] = widen(column, first, self._room)
 
     def adopt(self, plan: Plan) -> None:
         """Take over what an eviction changes of the policy's knowledge."""
@@ -192,10 +195,33 @@ class Slots:
         self.length = self._written = plan.longest
         self._room, self.holes, self.gaps = room, plan.holes, False
         self._tally, self._grown = plan.tally, 0
+        self._empty = self.length * plan.tally.numel() - int(plan.tally.sum()) if plan.holes else 0
+
+    def pack(self, worth: int) -> None:
+        """Hold no empty slots until somebody looks, if they take much beside `worth` bytes.
+
+        Padding may not lie behind tokens. Asks no device.
+        """
+        if self._packed is not None or self.gaps or not self._empty:
+            return
+        columns = self._columns.values()
+        size = self._position.itemsize
+        size += sum(column.itemsize * math.prod(column.shape[3:]) for column in columns)
+        if self._empty * size * WASTED < worth:
+            return
+        self._write_positions()
+        counts = self.tally.flatten()
+        self._packed = self.tally.clone()
+        rows = torch.arange(len(counts)).repeat_interleave(counts)
+        slot = torch.arange(len(rows)) - (counts.cumsum(0) - self.length)[rows]
+        place = rows.to(self.device), slot.to(self.device)
+        self._position = self._position.flatten(0, 1)[place]
+        self._columns = {name: c.flatten(0, 1)[place] for name, c in self._columns.items()}
 
     def truncate(self, length: int) -> None:
         """Forget the newest slots beyond `length`, which leave no trace."""
         dropped = self.length - length
+        self._unpack()
         if self.holes and dropped:
             self._write_positions()
             newest = self._position[:, :, length : self.length] >= 0
@@ -211,6 +237,8 @@ class Slots:
 
     def select_rows(self, rows: Tensor) -> None:
         """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
+        self._unpack()
+        self.batch = len(rows)
         self._position = self._position.index_select(0, rows)
         self._columns = {k: v.index_select(0, rows) for k, v in self._columns.items()}
         self.counters = {k: v.index_select(0, rows) for k, v in self.counters.items()}
@@ -222,6 +250,7 @@ class Slots:
         """Bytes of every tensor held, spare room included."""
         held = [self._position, *self._columns.values(), *self.counters.values()]
         held += [*self.state.values(), self._tally]
+        held += [] if self._packed is None else [self._packed]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     @staticmethod
@@ -239,6 +268,7 @@ class Slots:
 
     def _write_positions(self) -> None:
         """Write down the positions of tokens that came one after another, alike in all rows."""
+        self._unpack()
         first = self._written
         if first == self.length or self.last is None:
             return
@@ -247,6 +277,24 @@ class Slots:
         new = torch.arange(stop - (self.length - first), stop, device=self.device)
         self._position[:, :, first : self.length] = new
         self._written = self.length
+
+    def _unpack(self) -> None:
+        """Every head as long as the longest again, empty slots in front."""
+        if self._packed is None:
+            return
+        counts, self._packed = self._packed.to(self.device), None
+        slot = torch.arange(self._written, device=self.device)
+        held = slot >= self._written - counts[..., None]
+        self._position = self._spread(self._position, held, EMPTY)
+        self._columns = {name: self._spread(c, held, 0) for name, c in self._columns.items()}
+
+    def _spread(self, packed: Tensor, held: Tensor, empty: int) -> Tensor:
+        """`[tokens, *shape]` -> `[b, K, room, *shape]`, at the slots `held`, bool `[b, K, n]`."""
+        room, shape = max(self._room, self.length), packed.shape[1:]
+        wide = packed.new_full((self.batch, self.heads, room, *shape), empty)
+        slots = wide[:, :, : held.shape[2]]
+        slots.masked_scatter_(held.view(*held.shape, *[1] * len(shape)), packed)
+        return wide
 
     def _make_room(self, used: int, highest: int) -> None:
         """Room for all slots beside the `used` ones, and for positions up to `highest`."""

@@ -20,7 +20,7 @@ PROMPT = 150
 def state(feeder: Feeder) -> list[Tensor]:
     """All that a layer holds, as copies."""
     slots, store = feeder.layer.slots, feeder.layer.store
-    held = [slots.position, store.keys, store.values, *slots.counters.values()]
+    held = [slots.position, *store.view(), *slots.counters.values()]
     held += [slots[name] for name in feeder.layer.policy.columns]
     return [tensor.clone() for tensor in held]
 

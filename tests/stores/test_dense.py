@@ -11,6 +11,7 @@ from kvhive.plan import Plan
 from kvhive.step import Step
 from kvhive.stores import STORES, LayerFacts
 from kvhive.stores.dense import DenseStore
+from kvhive.stores.ragged import RaggedStore
 
 
 def fresh(tokens: int, batch: int = 2, heads: int = 3) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ def test_decoding_writes_in_place() -> None:
 
 def test_compaction_keeps_slots_head_by_head() -> None:
     store, keys, values = filled(9, 9)
-    kept = [[[0, 8], [3, 4], [7]], [[1, 2], [], [5, 6]]]
+    kept = [[[0, 8], [3, 4], [7, 8]], [[1, 2], [0, 6], [5, 6]]]
     store.compact(keeping(kept, 9), 5)
     assert (store.length, store.room) == (2, 5)
     for row in range(2):
@@ -93,6 +94,19 @@ def test_compaction_keeps_slots_head_by_head() -> None:
                 assert torch.equal(store.keys[row, head, -place], keys[row, head, source])
                 assert torch.equal(store.values[row, head, -place], values[row, head, source])
     assert store.nbytes == 2 * 3 * 5 * (4 + 6) * 4
+
+
+def test_heads_that_differ_are_held_ragged() -> None:
+    store, keys, values = filled(9, 9)
+    kept = [[[0, 8], [3, 4], [7]], [[1, 2], [], [5, 6]]]
+    ragged = store.compact(keeping(kept, 9), 5)
+    assert isinstance(ragged, RaggedStore)
+    assert (ragged.length, ragged.room) == (2, 5)
+    for row in range(2):
+        for head in range(3):
+            for place, source in enumerate(reversed(kept[row][head]), 1):
+                assert torch.equal(ragged.view()[0][row, head, -place], keys[row, head, source])
+                assert torch.equal(ragged.view()[1][row, head, -place], values[row, head, source])
 
 
 def test_compaction_frees_the_prompt() -> None:

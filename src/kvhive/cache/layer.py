@@ -165,6 +165,7 @@ class HiveLayer(CacheLayerMixin):
             self._fit(step)
         else:
             self._conclude(step, seen)
+        self.slots.pack(self.store.nbytes)
         self.progress.finish()
         return out if step.order is None else in_order(out, step.order.argsort(1))
 
@@ -211,7 +212,8 @@ class HiveLayer(CacheLayerMixin):
         self.appended += step.fresh
 
     def _ask(self, step: Step, scale: float, needs: Needs) -> Ask:
-        return Ask(step, scale, needs, self.slots.valid if self.slots.holes else None)
+        unknown = self.slots.gaps or (self.slots.holes and not self.store.knows_empty)
+        return Ask(step, scale, needs, self.slots.valid if unknown else None)
 
     def _reported(self, pending: Pending) -> Observed:
         """What attention would have reported of tokens that are the last in the store."""
@@ -311,8 +313,10 @@ class HiveLayer(CacheLayerMixin):
         if plan is None:
             return
         self.slots.adopt(plan)
-        wanted = room.after_eviction(plan.longest, self._growing, self.eviction)
-        self.turning.compact(self.store, self.slots, plan, wanted, self.progress.seen)
+        wanted = room.after_eviction(plan, self._growing, self.eviction)
+        self.store = self.turning.compact(
+            self.store, self.slots, plan, wanted, self.progress.seen
+        )
         self.eviction.forget()
         self.evicted, self.appended = True, 0
 
@@ -322,9 +326,9 @@ class HiveLayer(CacheLayerMixin):
             return
         valid = self.slots.valid
         self.slots.gaps = bool((valid[:, :, :-1] & ~valid[:, :, 1:]).any())
-        if self.slots.gaps:
+        if self.slots.gaps or self.store.knows_empty:
             plan = Plan.keeping(valid)
-            self.store.compact(plan, self.store.room)
+            self.store = self.store.compact(plan, self.store.room)
             self.slots.compact(plan, self.store.room)
             self.eviction.forget()
 

@@ -46,17 +46,20 @@ class Turning:
         """How often a slot's key was turned, MOST at most."""
         return {} if self.rotation is None else {_TIMES: Column(torch.uint8)}
 
-    def compact(self, store: Store, slots: Slots, plan: Plan, room: int, seen: int) -> None:
-        """Compact store and slots, and turn what moves. seen: tokens read; no turn is longer."""
+    def compact(self, store: Store, slots: Slots, plan: Plan, room: int, seen: int) -> Store:
+        """Compact store and slots, and turn what moves. seen: tokens read; no turn is longer.
+
+        Returns the store to go on with.
+        """
         if self.rotation is None:
-            store.compact(plan, room)
             slots.compact(plan, room)
-            return
+            return store.compact(plan, room)
         moves = _moves(slots, plan)
         origin = self._origin_of(slots).gather(-1, plan.index)
-        store.compact(plan, room)
+        store = store.compact(plan, room)
         slots.compact(plan, room)
         self._turn(self.rotation, store, slots, moves, origin, seen)
+        return store
 
     def _turn(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from kvhive.cache.eviction import Eviction
+from kvhive.plan import Plan
 from kvhive.step import Step
 from kvhive.stores import Store
 
 HEADROOM = 128  # most slots allocated ahead while decoding: one copy of the cache for so many
 LEAST = 16  # fewest; a short cache, which is quickly copied, grows by a quarter
-UNEVEN_HEADROOM = 32  # the same where the longest head has no bound of its own
+UNEVEN_HEADROOM = 64  # most where heads differ: every one of them has it, however little it holds
+UNEVEN_SHARE = 20  # and no more than 1 / UNEVEN_SHARE of what they hold on average
 
 
 def for_step(store: Store, step: Step, eviction: Eviction, frozen: bool) -> int:
@@ -18,9 +20,11 @@ def for_step(store: Store, step: Step, eviction: Eviction, frozen: bool) -> int:
         return store.room
     if not store.length:
         return needed
-    if eviction.together:
-        return needed + UNEVEN_HEADROOM
-    ahead = headroom(needed) if step.phase != "prefill" else max(step.fresh, needed // 8)
+    held = store.mean + step.fresh
+    uneven = eviction.together or held < needed
+    ahead = uneven_headroom(held) if uneven else headroom(held)
+    if step.phase == "prefill":
+        ahead = max(step.fresh, held // 8)
     bound = None if frozen else eviction.bound(min(step.fresh, HEADROOM))
     return needed + ahead if bound is None else max(needed, min(needed + ahead, bound))
 
@@ -38,15 +42,19 @@ def most(limit: int | None, tokens: int | None, growing: int) -> int | None:
     return min(most, default=None)
 
 
-def after_eviction(kept: int, growing: int, eviction: Eviction) -> int:
+def after_eviction(plan: Plan, growing: int, eviction: Eviction) -> int:
     """Slots to leave room for. growing: tokens that the last step brought to what was held."""
-    if eviction.together:
-        return kept + UNEVEN_HEADROOM
+    kept = plan.longest
+    ahead = uneven_headroom(plan.mean) if plan.uneven else headroom(kept)
     bound = eviction.bound(min(growing, HEADROOM))
-    ahead = kept + headroom(kept)
-    return ahead if bound is None else max(kept, min(ahead, bound))
+    return kept + ahead if bound is None else max(kept, min(kept + ahead, bound))
 
 
 def headroom(held: int) -> int:
     """Slots to allocate ahead of those `held` while decoding."""
     return min(HEADROOM, max(LEAST, held // 4))
+
+
+def uneven_headroom(held: int) -> int:
+    """The same for heads that differ and hold so many on average."""
+    return min(UNEVEN_HEADROOM, 1 + held // UNEVEN_SHARE)

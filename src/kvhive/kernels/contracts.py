@@ -83,11 +83,14 @@ class Rows:
 
     Hundreds of rows of all heads would be as large as the whole cache, so they are worked out as
     they are read and never lie side by side.
+
+    count: how many there are. block(start, stop): float32 `[b, H, stop - start, n]`, those rows;
+    size: how many are best read at once.
     """
 
     def __init__(self, count: int, block: Callable[[int, int], Tensor], size: int) -> None:
         self.count = count
-        self._block, self._size = block, size
+        self.block, self.size = block, max(1, size)
 
     @classmethod
     def of(cls, rows: Tensor) -> Rows:
@@ -96,8 +99,8 @@ class Rows:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Blocks `[b, H, few, n]`, float32, oldest query first; zeros for padded queries."""
-        for start in range(0, self.count, max(1, self._size)):
-            yield self._block(start, min(start + self._size, self.count))
+        for start in range(0, self.count, self.size):
+            yield self.block(start, min(start + self.size, self.count))
 
     def all(self) -> Tensor:
         """`[b, H, r, n]` at once, for those who ask for few."""

@@ -25,11 +25,17 @@ class Store(ABC):
     """
 
     length: int
+    knows_empty: ClassVar[bool] = False  # whether attention needs `Ask.valid` for padding alone
 
     @property
     @abstractmethod
     def room(self) -> int:
         """Slots there is room for."""
+
+    @property
+    def mean(self) -> int:
+        """Slots that a head holds, on average, rounded up."""
+        return self.length
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, room: int) -> None:
@@ -54,8 +60,11 @@ class Store(ABC):
         """Keys `[b, K, length, d]` and values `[b, K, length, e]` in the model's dtype."""
 
     @abstractmethod
-    def compact(self, plan: Plan, room: int) -> None:
-        """Fold and keep what the plan says, drop all else; make room for `room` slots."""
+    def compact(self, plan: Plan, room: int) -> Store:
+        """Fold and keep what the plan says, drop all else; make room for `room` slots.
+
+        Returns the store to go on with, which is another where the form changes.
+        """
 
     @abstractmethod
     def take_keys(self, slots: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from kvhive.memory import take, widen
 from kvhive.plan import Plan
 from kvhive.stores._merging import fold
 from kvhive.stores.base import STORES, LayerFacts, Store, StoreKind
+from kvhive.stores.ragged import RaggedStore
 
 
 class DenseStore(Store):
@@ -68,14 +69,19 @@ class DenseStore(Store):
         """Keys and values as they are."""
         return self.keys, self.values
 
-    def compact(self, plan: Plan, room: int) -> None:
-        """Fold by plain means, then gather."""
+    def compact(self, plan: Plan, room: int) -> Store:
+        """Fold by plain means, then gather; ragged where heads come to differ."""
         if plan.into is not None:
             self._keys, self._values = fold(self.keys, plan.into), fold(self.values, plan.into)
         rows = plan.rows(self.room)
+        if plan.uneven:
+            keys, values = self._keys.flatten(0, 2), self._values.flatten(0, 2)
+            places = rows.view_as(plan.index)
+            return RaggedStore.gathered(keys, values, places, plan.tally, room - plan.longest)
         self._keys = take(self._keys, rows, plan.longest, room)
         self._values = take(self._values, rows, plan.longest, room)
         self.length = plan.longest
+        return self
 
     def take_keys(self, slots: Tensor) -> Tensor:
         """Keys `[N, d]` of the slots marked."""

@@ -1,0 +1,113 @@
+"""Where rows of unequal lengths lie in one flat array: one after another, each with its own offset.
+
+A row is one KV head of one row of the batch. Rows of nearly equal length lie side by side with
+equal room, as a small dense block `[rows, room]`, right-aligned: few blocks hold any number of
+rows, and each is attended in one call. What a block leaves empty is a sixteenth of it at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COARSE = 16  # rows may be shorter than the longest of their block by 1 / COARSE of it
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows `first` to `stop - 1`, in the order they lie in, with `room` slots each from `start` on.
+
+    most: slots of its longest row when it was laid out. front: int64 `[rows, 1]`, how many fewer
+    each had, which are left empty in front; None: none had fewer.
+    """
+
+    first: int
+    stop: int
+    start: int
+    room: int
+    most: int
+    front: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.first
+
+    def view(self, flat: Tensor, used: int) -> Tensor:
+        """Its first `used` slots of flat `[slots, d]`, as `[rows, 1, used, d]`."""
+        mine = flat.narrow(0, self.start, self.rows * self.room)
+        return mine.view(self.rows, 1, self.room, flat.shape[1]).narrow(2, 0, used)
+
+    def valid(self, used: int) -> Tensor | None:
+        """bool `[rows, 1, used]`, False for what is empty in front; None: nothing is."""
+        if self.front is None:
+            return None
+        return (torch.arange(used, device=self.front.device) >= self.front)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The blocks of a store, and where each row is.
+
+    counts: int64 `[rows]` on the CPU, slots of each row when they were laid out; length: as of
+    `Slots` then, no less than the most of them. spare: slots that every row may grow by; slots: of
+    the flat array, in all. shift: int64 `[rows]`: slot j of row r, of `length` right-aligned ones,
+    lies at shift[r] + j, also after rows have grown. order: int64 `[rows]`, which row lies where;
+    place: the reverse; both None where rows lie in their own order.
+    """
+
+    blocks: tuple[Block, ...]
+    counts: Tensor
+    length: int
+    spare: int
+    slots: int
+    shift: Tensor
+    order: Tensor | None
+    place: Tensor | None
+
+    @classmethod
+    def of(cls, counts: Tensor, length: int, spare: int, device: torch.device) -> Layout:
+        """For rows that hold so many tokens (int64 `[rows]` on the CPU)."""
+        sizes, order = counts.sort(descending=True, stable=True)
+        coarse = int(sizes.sum()) // (2 * len(sizes))
+        blocks: list[Block] = []
+        first = start = 0
+        held = sizes.tolist()
+        for stop in range(1, len(held) + 1):
+            allowed = max(held[first], coarse) // COARSE
+            if stop < len(held) and held[first] - held[stop] <= allowed:
+                continue
+            most, even = held[first], held[first] == held[stop - 1]
+            front = None if even else (most - sizes[first:stop, None]).to(device)
+            blocks.append(Block(first, stop, start, most + spare, most, front))
+            start += (stop - first) * (most + spare)
+            first = stop
+        shift = torch.empty_like(counts)
+        shift[order] = torch.cat([_ends(block) for block in blocks]) - length
+        moved = not torch.equal(order, torch.arange(len(order)))
+        where = order.to(device) if moved else None
+        back = order.argsort().to(device) if moved else None
+        held = counts.clone()
+        return cls(tuple(blocks), held, length, spare, start, shift.to(device), where, back)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what says where rows are."""
+        held = [self.counts, self.shift, self.order, self.place]
+        held += [block.front for block in self.blocks]
+        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """`[rows, ...]` in the order they lie in."""
+        return rows if self.order is None else rows.index_select(0, self.order)
+
+    def restored(self, rows: Tensor) -> Tensor:
+        """The reverse of `ordered`."""
+        return rows if self.place is None else rows.index_select(0, self.place)
+
+
+def _ends(block: Block) -> Tensor:
+    """int64 `[rows]`: where in the flat array each row of a block ends."""
+    return block.start + block.most + torch.arange(block.rows) * block.room
