@@ -126,7 +126,7 @@ class Run:
         """Decode a token; tokens held by a head afterwards, on average."""
         logits = self.model(self.token, past_key_values=self.cache).logits
         self.token = logits[:, -1:].argmax(-1)
-        counts = [layer.slots.count.double().mean() for layer in self.cache.hive_layers()]
+        counts = [layer.slots.tally.double().mean() for layer in self.cache.hive_layers()]
         return float(torch.stack(counts).mean())
 
 

@@ -37,7 +37,11 @@ def state(cache: HiveCache) -> list[Tensor]:
     held = []
     for layer in cache.hive_layers():
         slots = layer.slots
-        held += [slots.position, layer.store.view()[0], *(slots[name] for name in layer.policy.columns)]
+        held += [
+            slots.position,
+            layer.store.view()[0],
+            *(slots[name] for name in layer.policy.columns),
+        ]
         held += [*slots.counters.values(), *slots.state.values()]
     return [tensor.clone() for tensor in held]
 

@@ -203,11 +203,15 @@ def cut(
 ) -> Plan | None:
     """What a policy leaves: heads above their limit go down to the target, others stay as they are.
 
+    Heads of a row whose limits differ go down together, or each would ask for an eviction in turn.
+
     limits, target: int64 `[b, K]` on the CPU. score: where it is known. None when nothing goes.
     """
     over = slots.tally > limits
     if not bool(over.any()):
         return None
+    differ = limits.amin(-1, keepdim=True) < limits.amax(-1, keepdim=True)
+    over |= over.any(-1, keepdim=True) & differ & (slots.tally > target)
     budget = torch.where(over, target, limits).to(slots.device)
     if score is None:
         score = _score(policy, slots, held)

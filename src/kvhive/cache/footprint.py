@@ -31,6 +31,8 @@ from kvhive.step import Step
 from kvhive.stores import StoreKind
 
 _PROMPTS = (512, 1024)  # what a layer is measured with
+PADDED = 8  # at most 1 / PADDED of what uneven heads take is empty: `Plan.uneven`, blocks, slots
+_ROW = 64  # bytes that say where one of them lies
 _WIDER = torch.int32.itemsize - torch.int16.itemsize  # of a position, once they are large
 _TURN = Rotation(torch.ones(1))
 
@@ -123,24 +125,32 @@ class _Layer:
 
     @property
     def limit(self) -> int | None:
-        """The most tokens a head may hold between two steps; None: as many as are read."""
+        """The most tokens that heads may hold between two steps, on average; None: all read."""
         limits = self.eviction.limits.of(self.eviction.layer)
         budget = self.eviction.limits.budget
         if limits is None or budget is None or not self.eviction.decoding:
             return None
-        most = int(limits.max())
-        return None if most == UNLIMITED else most
+        most = -(-int(limits.sum()) // limits.numel())
+        return None if most >= UNLIMITED else most
+
+    @property
+    def uneven(self) -> bool:
+        """Whether heads may come to hold different numbers of tokens."""
+        limits = self.eviction.limits.of(self.eviction.layer)
+        competing = self.eviction.together or self.eviction.limits.allocation.compete != "none"
+        return competing or (limits is not None and int(limits.min()) < int(limits.max()))
 
     def room(self, work: Workload) -> int:
-        """The most slots there is room for between two steps."""
-        uneven = self.eviction.together or self.eviction.limits.allocation.compete != "none"
-        if uneven and self.limit is not None:  # all that is kept may lie in few heads
-            most = self.limit * self.shape.kv_heads * work.batch
-            return min(most, work.tokens or most) + room.UNEVEN_HEADROOM
-        slots = room.most(self.limit, work.tokens, work.growing)
+        """The most slots there is room for between two steps, on average over heads and, where all
+        layers compete, over them.
+        """
+        limit = self.limit
+        if self.eviction.together and limit is not None:
+            limit += room.headroom(limit)
+        slots = room.most(limit, work.tokens, work.growing)
         if slots is None:
             raise _unknown(f"{self.eviction.policy.name} keeps as many as it likes")
-        return slots
+        return slots + slots // PADDED if self.uneven else slots
 
     def brought(self, work: Workload) -> int:
         """The most slots while a prompt is read; 0: nobody knows."""
@@ -155,7 +165,7 @@ class _Layer:
         slot, rest = _measured(policy, self.kind, shape, self.turning)
         if work.tokens is None or work.tokens > SHORT_MAX:
             slot += _WIDER
-        total = shape.kv_heads * (slots * slot + rest)
+        total = shape.kv_heads * (slots * slot + rest + _ROW * self.uneven)
         waiting = max(0, min(policy.needs.together, slots // FEW) - 1)
         total += waiting * shape.heads * shape.key_width * shape.dtype.itemsize
         if self.turning:

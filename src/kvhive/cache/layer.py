@@ -314,9 +314,7 @@ class HiveLayer(CacheLayerMixin):
             return
         self.slots.adopt(plan)
         wanted = room.after_eviction(plan, self._growing, self.eviction)
-        self.store = self.turning.compact(
-            self.store, self.slots, plan, wanted, self.progress.seen
-        )
+        self.store = self.turning.compact(self.store, self.slots, plan, wanted, self.progress.seen)
         self.eviction.forget()
         self.evicted, self.appended = True, 0
 

@@ -72,8 +72,10 @@ class Limits:
         return None if self.all is None else self.all[layer]
 
     def target(self, layer: int) -> Tensor:
-        """What decoding cuts a layer down to, int64 `[rows or 1, K]` on the CPU: each row frees by
-        its own least limit, so that it does as it does alone.
+        """What decoding cuts a layer down to, int64 `[rows or 1, K]` on the CPU.
+
+        Each row frees by its own mean limit, so that it does as it does alone, and none of its
+        heads more than half of what it may hold.
         """
         version, target = self._targets.get(layer, (-1, None))
         if target is None or version != self.version:
@@ -84,10 +86,12 @@ class Limits:
     def _target(self, layer: int) -> Tensor:
         limits, sizing = self.of(layer), self.sizings[layer]
         assert limits is not None
-        least = limits.amin(-1, keepdim=True)
-        slack = torch.full_like(least, self._slack or 0)
         if self._slack is None:
-            slack = torch.tensor([[sizing.slack(row)] for row in least.flatten().tolist()])
+            means = limits.sum(-1) // limits.shape[-1]
+            slack = torch.tensor([[sizing.slack(row)] for row in means.tolist()])
+            slack = torch.minimum(slack, limits // 2)
+        else:
+            slack = torch.full_like(limits, self._slack)
         return torch.minimum(limits, (limits - slack).clamp_min(sizing.least))
 
     def lowered(self, layer: int, spare: int) -> Tensor:

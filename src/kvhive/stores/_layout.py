@@ -30,15 +30,22 @@ class Block:
     most: int
     front: Tensor | None
 
+    @classmethod
+    def of(cls, counts: Tensor, first: int, start: int, spare: int, device: torch.device) -> Block:
+        """For the rows from `first` on, which hold so many tokens (int64 `[rows]` on the CPU)."""
+        most = int(counts.max())
+        front = (most - counts[:, None]).to(device) if int(counts.min()) < most else None
+        return cls(first, first + len(counts), start, most + spare, most, front)
+
     @property
     def rows(self) -> int:
         """How many."""
         return self.stop - self.first
 
-    def view(self, flat: Tensor, used: int) -> Tensor:
-        """Its first `used` slots of flat `[slots, d]`, as `[rows, 1, used, d]`."""
+    def view(self, flat: Tensor) -> Tensor:
+        """Its slots of flat `[slots, d]`, as `[rows, 1, room, d]`."""
         mine = flat.narrow(0, self.start, self.rows * self.room)
-        return mine.view(self.rows, 1, self.room, flat.shape[1]).narrow(2, 0, used)
+        return mine.view(self.rows, 1, self.room, flat.shape[1])
 
     def valid(self, used: int) -> Tensor | None:
         """bool `[rows, 1, used]`, False for what is empty in front; None: nothing is."""
@@ -71,26 +78,27 @@ class Layout:
     def of(cls, counts: Tensor, length: int, spare: int, device: torch.device) -> Layout:
         """For rows that hold so many tokens (int64 `[rows]` on the CPU)."""
         sizes, order = counts.sort(descending=True, stable=True)
-        coarse = int(sizes.sum()) // (2 * len(sizes))
+        ends = _ends_of_blocks(sizes.tolist())
+        if len(ends) == len(counts):  # nothing is gained by another order
+            sizes, order = counts, torch.arange(len(counts))
         blocks: list[Block] = []
         first = start = 0
-        held = sizes.tolist()
-        for stop in range(1, len(held) + 1):
-            allowed = max(held[first], coarse) // COARSE
-            if stop < len(held) and held[first] - held[stop] <= allowed:
-                continue
-            most, even = held[first], held[first] == held[stop - 1]
-            front = None if even else (most - sizes[first:stop, None]).to(device)
-            blocks.append(Block(first, stop, start, most + spare, most, front))
-            start += (stop - first) * (most + spare)
+        for stop in ends:
+            block = Block.of(sizes[first:stop], first, start, spare, device)
+            start += block.rows * block.room
             first = stop
+            blocks.append(block)
         shift = torch.empty_like(counts)
-        shift[order] = torch.cat([_ends(block) for block in blocks]) - length
-        moved = not torch.equal(order, torch.arange(len(order)))
+        shift[order] = torch.cat([_last_slots(block) for block in blocks]) - length
+        moved = len(ends) < len(counts) and not torch.equal(order, torch.arange(len(order)))
         where = order.to(device) if moved else None
         back = order.argsort().to(device) if moved else None
         held = counts.clone()
         return cls(tuple(blocks), held, length, spare, start, shift.to(device), where, back)
+
+    def fits(self, counts: Tensor, length: int, spare: int) -> bool:
+        """Whether it is the very layout that `of` would make."""
+        return (length, spare) == (self.length, self.spare) and torch.equal(counts, self.counts)
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +116,16 @@ class Layout:
         return rows if self.place is None else rows.index_select(0, self.place)
 
 
-def _ends(block: Block) -> Tensor:
-    """int64 `[rows]`: where in the flat array each row of a block ends."""
+def _ends_of_blocks(sizes: list[int]) -> list[int]:
+    """Where to cut rows, the longest first, so that those of a block are of nearly equal length."""
+    coarse, first, ends = sum(sizes) // (2 * len(sizes)), 0, []
+    for stop in range(1, len(sizes)):
+        if sizes[first] - sizes[stop] > max(sizes[first], coarse) // COARSE:
+            ends.append(stop)
+            first = stop
+    return [*ends, len(sizes)]
+
+
+def _last_slots(block: Block) -> Tensor:
+    """int64 `[rows]`: where in the flat array the slots in use of each row of a block end."""
     return block.start + block.most + torch.arange(block.rows) * block.room

@@ -7,6 +7,7 @@ that differ (`Plan.uneven`).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,11 @@ class RaggedStore(Store):
 
     knows_empty = True
 
-    def __init__(self, batch: int, heads: int, keys: Tensor, values: Tensor, layout: Layout) -> None:
+    def __init__(
+        self, batch: int, heads: int, keys: Tensor, values: Tensor, layout: Layout
+    ) -> None:
         self.batch, self.heads = batch, heads
-        self._keys, self._values, self._layout = keys, values, layout
-        self.length = layout.length
+        self._take_over(keys, values, layout)
 
     @classmethod
     def gathered(
@@ -73,14 +75,13 @@ class RaggedStore(Store):
             place = (place[:, None] + torch.arange(fresh, device=place.device)).flatten()
         place = place + self.length
         for held, new in ((self._keys, keys), (self._values, values)):
-            held.index_copy_(0, place, new.reshape(len(place), -1).to(held.dtype))
+            held.index_copy_(0, place, new.to(held.dtype).reshape(len(place), held.shape[1]))
         self.length += fresh
 
     def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
         """Block by block, each with the kernel that suits the step."""
         parts = [
-            attend(rows, self._block(self._keys, block), self._block(self._values, block), part)
-            for block, rows, part in self._split(query, ask)
+            attend(rows, keys, values, part) for rows, keys, values, part in self._split(query, ask)
         ]
         out = self._layout.restored(torch.cat([out for out, _ in parts]))
         out = out.reshape(*query.shape[:3], -1)
@@ -88,15 +89,12 @@ class RaggedStore(Store):
 
     def report(self, query: Tensor, ask: Ask) -> Observed:
         """What `attend` would report."""
-        parts = [
-            report(rows, self._block(self._keys, block), part)
-            for block, rows, part in self._split(query, ask)
-        ]
+        parts = [report(rows, keys, part) for rows, keys, _, part in self._split(query, ask)]
         return self._joined(query, ask, parts)
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads, padded with zeros to the longest; copies."""
-        return self._padded_slots(self._keys), self._padded_slots(self._values)
+        return self._padded_slots(1), self._padded_slots(2)
 
     def compact(self, plan: Plan, room: int) -> RaggedStore:
         """Fold by plain means, then gather."""
@@ -135,14 +133,18 @@ class RaggedStore(Store):
 
     # ---- blocks ---------------------------------------------------------------------------------
 
-    def _block(self, held: Tensor, block: Block) -> Tensor:
-        return block.view(held, self._used(block))
+    def _take_over(self, keys: Tensor, values: Tensor, layout: Layout) -> None:
+        self._keys, self._values, self._layout = keys, values, layout
+        self._blocks = [(block, block.view(keys), block.view(values)) for block in layout.blocks]
+        self.length = layout.length
 
     def _used(self, block: Block) -> int:
         return block.most + self.length - self._layout.length
 
-    def _split(self, query: Tensor, ask: Ask) -> list[tuple[Block, Tensor, Ask]]:
-        """Every block with its queries `[rows, H / K, q, d]` and what is asked of it."""
+    def _split(self, query: Tensor, ask: Ask) -> list[tuple[Tensor, Tensor, Tensor, Ask]]:
+        """For every block its queries `[rows, H / K, q, d]`, keys `[rows, 1, used, d]`, values, and
+        what is asked of it.
+        """
         layout, size = self._layout, (self.batch * self.heads, -1, *query.shape[2:])
         queries = layout.ordered(query.reshape(size))
         valid = None if ask.valid is None else layout.ordered(ask.valid.flatten(0, 1))
@@ -150,11 +152,15 @@ class RaggedStore(Store):
         if real is not None:
             real = layout.ordered(real.repeat_interleave(self.heads, 0))
         parts = []
-        for block in layout.blocks:
-            mine, used = slice(block.first, block.stop), self._used(block)
+        for block, keys, values in self._blocks:
+            mine, used, part = slice(block.first, block.stop), self._used(block), ask
             seen = block.valid(used) if valid is None else valid[mine, None, self.length - used :]
-            step = ask.step if real is None else replace(ask.step, real=real[mine])
-            parts.append((block, queries[mine], replace(ask, step=step, valid=seen)))
+            if real is not None:
+                part = replace(ask, step=replace(ask.step, real=real[mine]))
+            if seen is not None:
+                part = replace(part, valid=seen)
+            keys, values = keys.narrow(2, 0, used), values.narrow(2, 0, used)
+            parts.append((queries[mine], keys, values, part))
         return parts
 
     def _joined(self, query: Tensor, ask: Ask, parts: list[Observed]) -> Observed:
@@ -181,14 +187,14 @@ class RaggedStore(Store):
             scale=ask.scale,
         )
 
-    def _padded_slots(self, held: Tensor) -> Tensor:
-        """`[slots, d]` -> `[b, K, length, d]`, zeros in front."""
-        blocks = [self._block(held, block) for block in self._layout.blocks]
-        wide = [F.pad(part, (0, 0, self.length - part.shape[2], 0)) for part in blocks]
-        for block, part in zip(self._layout.blocks, wide, strict=True):
+    def _padded_slots(self, part: Literal[1, 2]) -> Tensor:
+        """Keys (1) or values (2) `[b, K, length, d]`, zeros in front."""
+        held = [found[part].narrow(2, 0, self._used(found[0])) for found in self._blocks]
+        wide = [F.pad(one, (0, 0, self.length - one.shape[2], 0)) for one in held]
+        for block, one in zip(self._layout.blocks, wide, strict=True):
             if (valid := block.valid(self._used(block))) is not None:
                 empty = ~valid[..., None]
-                part[:, :, self.length - empty.shape[2] :].masked_fill_(empty, 0)
+                one[:, :, self.length - empty.shape[2] :].masked_fill_(empty, 0)
         rows = self._layout.restored(torch.cat(wide))
         return rows.view(self.batch, self.heads, self.length, -1)
 
@@ -215,11 +221,15 @@ class RaggedStore(Store):
 
     def _lay_out(self, places: Tensor, counts: Tensor, spare: int) -> None:
         """Keep the slots at int64 `places` `[rows, longest]`, right-aligned, `counts` of each."""
-        layout = Layout.of(counts.flatten(), places.shape[1], spare, self._keys.device)
+        layout = self._layout
+        if not layout.fits(counts.flatten(), places.shape[1], spare):
+            layout = Layout.of(counts.flatten(), places.shape[1], spare, self._keys.device)
         rows = places.clamp(0, len(self._keys) - 1)
-        self._keys = _laid_out(self._keys, rows, layout, self._keys)
-        self._values = _laid_out(self._values, rows, layout, self._values)
-        self._layout, self.length = layout, layout.length
+        self._take_over(
+            _laid_out(self._keys, rows, layout, self._keys),
+            _laid_out(self._values, rows, layout, self._values),
+            layout,
+        )
 
 
 def _laid_out(held: Tensor, places: Tensor, layout: Layout, memory: Tensor | None) -> Tensor:
@@ -239,5 +249,5 @@ def _laid_out(held: Tensor, places: Tensor, layout: Layout, memory: Tensor | Non
     sizes = [block.rows * block.most for block in layout.blocks]
     for block, part in zip(layout.blocks, taken.split(sizes), strict=True):
         mine = part.view(block.rows, 1, block.most, held.shape[1])
-        block.view(memory, block.most).copy_(mine)
+        block.view(memory).narrow(2, 0, block.most).copy_(mine)
     return memory
