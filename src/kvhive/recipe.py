@@ -73,6 +73,28 @@ class Recipe:
                 f"tokens at a budget of {tokens}"
             )
 
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        """Raises `ValueError` for an allocation that this policy leaves nothing to share out."""
+        policy, allocation = self.policy.name, self.allocation.name
+        if self.allocation == Uniform():
+            return
+        if self.budget is None:
+            raise ValueError(
+                f"{policy} has no budget here that {allocation} could share out; leave "
+                f"/{allocation} out"
+            )
+        if self.policy.granularity == "model":
+            raise ValueError(
+                f"{policy} shares its budget out among all heads itself; leave /{allocation} out"
+            )
+        if self.allocation.compete != "none" and not self.policy.scores:
+            raise ValueError(
+                f"{allocation} shares by the scores of tokens, and {self.policy} has none; use a "
+                "policy that scores, such as h2o or snapkv"
+            )
+
     def _check_parts(self) -> None:
         kinds = (("policy", Policy), ("allocation", Allocation), ("store", StoreKind))
         for part, kind in kinds:
