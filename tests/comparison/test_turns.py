@@ -11,7 +11,7 @@ from kvhive.cache.hive_cache import HiveCache
 from kvhive.comparison import run as running
 from kvhive.comparison.compare import compare
 from kvhive.comparison.sweep import sweep
-from kvhive.inference.chat import ChatFormat
+from kvhive.model.chat import ChatFormat
 from kvhive.inference.generation import read
 from kvhive.inference.prompt import Prompt, question_ids
 from tests.cli.tiny import TRAINED_LENGTH, model, text, tokenizer

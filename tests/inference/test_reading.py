@@ -6,7 +6,7 @@ import pytest
 
 import kvhive
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.inference.chat import ChatFormat
+from kvhive.model.chat import ChatFormat
 from kvhive.inference.generation import decode, end_tokens, read
 from kvhive.inference.prompt import Prompt, question_ids
 from kvhive.inference.text_pieces import pieces

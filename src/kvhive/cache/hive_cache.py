@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvhive.cache import speculation
@@ -19,14 +19,14 @@ from kvhive.cache.frozen import Frozen
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
-from kvhive.cache.reading import check_reading
+from kvhive.cache.reading import check_reading, prefill
 from kvhive.cache.report import Report, summary
 from kvhive.cache.room import HEADROOM
 from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
 from kvhive.model.facts import ModelFacts
-from kvhive.model.forward import prefill
 from kvhive.model.outline import Outline
+from kvhive.model.tokenizers import remember
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 from kvhive.spec import whole
@@ -101,6 +101,7 @@ class HiveCache(Cache):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prefill_chunk: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Tensor:
         """Let the model read int64 ids `[rows, tokens]` into this cache; float logits
         `[rows, vocabulary]` of the token that comes next.
@@ -115,6 +116,8 @@ class HiveCache(Cache):
         """
         check_reading(input_ids, attention_mask, self.progress)
         model = self.facts.loaded_model()
+        if tokenizer is not None:
+            remember(model, tokenizer)
         return prefill(model, self, input_ids, prefill_chunk, attention_mask)
 
     # ---- what transformers asks of a cache ------------------------------------------------------

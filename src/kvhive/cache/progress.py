@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -13,13 +16,16 @@ class Progress:
     """The tokens that a cache's rows have seen, and the step that is under way.
 
     layers: how many compressed layers go through each step, in order. frozen: how many calls of
-    `freeze` wait for their thaw. recording: votes and evictions wait for `crop`.
+    `freeze` wait for their thaw. recording: votes and evictions wait for `crop`. reading: a second
+    pass comes after the step. repeated: bool `[b, 1, n]` while it runs, the slots it repeats.
     """
 
     def __init__(self, layers: int, limits: Limits) -> None:
         self.layers, self.limits = layers, limits
         self.frozen = 0
         self.recording = False
+        self.reading = False
+        self.repeated: Tensor | None = None
         self.opening = False  # recording, and no step was taken since it began
         self.reset()
 
@@ -51,7 +57,7 @@ class Progress:
                     "(HiveCache.for_model sets it); make a new cache, or call reset()"
                 )
             self._step, self._done = self._next(keys, mask, phase), 0
-            if phase is not None or not self.recording:
+            if phase is not None or not (self.recording or self.repeated is not None):
                 self.limits.follow(self._step, self.lengths(), keys.shape[1])
         if self._step is None or layer != self._done or keys.shape[2] != self._step.fresh:
             raise ValueError(
@@ -87,6 +93,8 @@ class Progress:
 
     def _phase(self, fresh: int) -> Phase:
         """Drafts are verified, but what comes first while recording is a prompt with its draft."""
+        if self.repeated is not None:
+            return "verify"
         opening, self.opening = self.opening, False
         if self.recording:
             return "prefill" if opening and fresh > 1 else "verify"
@@ -120,6 +128,15 @@ class Progress:
         self._tally = self._tally + brings
         last = int(self._tally.max()) - 1
         return Step(phase, fresh, position, last, brings, real, order)
+
+    @contextmanager
+    def reconstruction(self) -> Iterator[None]:
+        """While a step and its second pass are under way."""
+        self.reading = True
+        try:
+            yield
+        finally:
+            self.reading = False
 
     # ---- rows -----------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def generate(
 
     from kvhive.cache.footprint import Workload
     from kvhive.cache.hive_cache import HiveCache
-    from kvhive.inference.chat import chat_ids
+    from kvhive.model.chat import chat_ids
     from kvhive.inference.conversation import Conversation
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.report import Report
-from kvhive.inference.chat import ChatFormat
+from kvhive.model.chat import ChatFormat
 from kvhive.inference.generation import check_length, decode, end_tokens, read
 from kvhive.inference.prompt import question_ids
 from kvhive.inference.sampling import Sampling

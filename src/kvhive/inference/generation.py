@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.reading import prefill
 from kvhive.inference.sampling import GREEDY, Sampling
-from kvhive.model.forward import forward, prefill
+from kvhive.model.forward import forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ def read(
 ) -> Tensor:
     """Feed the token ids through the cache; logits `[vocabulary]` of the token that comes next.
 
-    As `kvhive.model.forward.prefill`, for one row.
+    As `kvhive.cache.reading.prefill`, for one row.
     """
     return prefill(model, cache, torch.tensor([list(ids)], dtype=torch.int64), chunk, tick=tick)[0]
 

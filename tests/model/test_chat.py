@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.evaluation.types import Item, Probe
-from kvhive.inference.chat import ChatFormat, chat_ids
+from kvhive.model.chat import ChatFormat, chat_ids
 from kvhive.inference.prompt import Prompt
 from tests.cli import tiny
 
