@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from kvhive.calibration import Profile
@@ -25,6 +26,10 @@ class Facts:
     kv_heads: int
     seen: int
     profile: Profile | None = None
+
+    def even(self, budget: int) -> Tensor:
+        """int64 `[layers, kv_heads]`: `budget` for every head."""
+        return torch.full((self.layers, self.kv_heads), budget)
 
 
 @dataclass(frozen=True)

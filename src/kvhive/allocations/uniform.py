@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvhive.allocations.base import ALLOCATIONS, Allocation, Facts
@@ -17,4 +16,4 @@ class Uniform(Allocation):
 
     def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
         """All entries equal `budget`."""
-        return torch.full((facts.layers, facts.kv_heads), budget)
+        return facts.even(budget)

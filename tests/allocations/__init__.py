@@ -1,0 +1,1 @@
+"""Allocations: exact totals, and what every head is sure of."""
