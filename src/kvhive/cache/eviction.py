@@ -96,19 +96,20 @@ class Eviction:
             return cut(self.policy, slots, held, limits, target)
         if not bool((slots.tally.sum(-1) > limits.sum(-1)).any()):
             return None
-        score = self._score(slots, held)
+        score = self.checked(slots, self.policy.score(slots, held))
         on_device = [target.to(slots.device)]
         ranked = [self._ranked(slots, score, on_device[0])]
         shares = self.limits.allocation.at_eviction(ranked, on_device, self.limits.floor)[0]
         return cut(self.policy, slots, held, shares.cpu(), shares.cpu(), score)
 
-    def _score(self, slots: Slots, held: Held) -> Tensor:
-        score = _score(self.policy, slots, held)
+    def checked(self, slots: Slots, score: Tensor | None) -> Tensor:
+        """The score that heads compete by. Raises `ValueError` for a policy that has none."""
         if score is None:
             raise ValueError(
                 f"{self.limits.allocation.name} shares by the scores of tokens, and "
                 f"{self.policy.name} has none; use a policy that scores, such as h2o or snapkv"
             )
+        _check_shape(self.policy, "score", score, slots)
         return score
 
     def _ranked(self, slots: Slots, score: Tensor, budget: Tensor) -> Tensor:
@@ -180,7 +181,9 @@ def _plan_by_scores(
     evictions: Sequence[Eviction], slots: Sequence[Slots], helds: Sequence[Held], target: Tensor
 ) -> list[Plan | None]:
     """The allocation shares `target` anew among all heads, and each layer is cut to its part."""
-    scores = [e._score(one, held) for e, one, held in zip(evictions, slots, helds, strict=True)]
+    policies = [e.policy for e in evictions]
+    scored = policies[0].score_all(policies, slots, helds)
+    scores = [e.checked(one, score) for e, one, score in zip(evictions, slots, scored, strict=True)]
     on_device = [row.to(one.device) for row, one in zip(target, slots, strict=True)]
     ranked = [
         e._ranked(*part) for e, *part in zip(evictions, slots, scores, on_device, strict=True)

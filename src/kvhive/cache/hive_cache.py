@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class HiveCache(Cache):
         _check_profile(recipe, facts, profile)
         self.recipe = recipe
         self.facts = facts
+        self._warned = False  # of a prompt that came without its second pass
         self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
         self.compressed = facts.full_layers
         written = [(facts.rotations or {}).get(index) for index in self.compressed]
@@ -137,10 +139,25 @@ class HiveCache(Cache):
             )
         if layer_idx == self.compressed[0]:
             self._check_stock_layers(key_states.shape[2])
+            self._warn_without_pass(key_states.shape[2])
         handed: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
         return handed
+
+    def _warn_without_pass(self, fresh: int) -> None:
+        """Warn, once a cache, when a prompt comes without the second pass its policy asks for."""
+        policy, progress = self.recipe.policy, self.progress
+        if fresh == 1 or self._warned or policy.reconstruction is None:
+            return
+        if progress.reading or progress.frozen:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{policy.name} goes without its reconstruction pass: model.generate shows a cache no "
+            "token ids; read the prompt with cache.read(input_ids) first",
+            stacklevel=2,
+        )
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the newest `-tokens_to_remove` tokens; then count votes and evict as postponed.

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvhive.cache.progress import Progress
-from kvhive.cache.reconstruction import reconstructed
+from kvhive.cache.reconstruction import check_fits, reconstructed
 from kvhive.model.forward import chunks, forward, padding
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def prefill(
     tokens = ids.shape[1]
     if not tokens:
         raise ValueError("there is nothing to read: give at least 1 token id")
+    if cache.positions == "original":  # else it depends on what is held when a step begins
+        check_fits(cache, cache.progress.seen + tokens, min(chunk or tokens, tokens))
     for start, stop in chunks(tokens, chunk):
         padded = () if mask is None else padding(mask, stop - tokens, stop - start)
         logits = step(model, cache, ids[:, start:stop], 1, *padded)

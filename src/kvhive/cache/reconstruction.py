@@ -53,6 +53,11 @@ class Words:
         close = chat.answer if tokenizer.chat_template else "\n"
         return cls(chat.ids(WHOLE), chat.ids(PART), chat.ids(close))
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that come before a chunk."""
+        return max(len(self.whole), len(self.part) + LEAD) + len(self.close)
+
     def before(self, row: Sequence[int], start: int) -> tuple[int, ...]:
         """What asks for the repetition of a row from token `start` on."""
         if not start:
@@ -97,7 +102,8 @@ def passages(rows: Sequence[Sequence[int]], chunk: int, words: Words | None) -> 
         width = max(map(len, fed))
         ids = torch.tensor([[*[0] * (width - len(one)), *one] for one in fed])
         lengths = torch.tensor([len(one) for one in fed])
-        made.append(Passage(ids, torch.arange(width) >= width - lengths[:, None], torch.tensor(ends)))
+        real = torch.arange(width) >= width - lengths[:, None]
+        made.append(Passage(ids, real, torch.tensor(ends)))
     return made
 
 
@@ -108,18 +114,16 @@ def reconstructed(
     """Around a step that brings int64 ids `[rows, tokens]`: at its end they are repeated, and only
     then something is evicted.
 
-    Nothing is repeated of single tokens, in a frozen cache and while drafts wait for `crop`, nor
-    where the policy asks for no second pass. mask: `[rows, seen + tokens]`, 0 for padding. Raises
-    `ValueError`, before the step, for a pass that leads beyond the length the model was trained on.
+    mask: `[rows, seen + tokens]`, 0 for padding. Raises `ValueError`, before the step, for a pass
+    that leads beyond the length the model was trained on.
     """
-    asked, progress = cache.recipe.policy.reconstruction, cache.progress
-    if asked is None or ids.shape[1] == 1 or progress.frozen or progress.recording:
+    asked = _asked(cache, ids.shape[1])
+    if asked is None:
         yield
         return
+    check_fits(cache, _reach(cache) + ids.shape[1], ids.shape[1])
     words = Words.of(model)
-    check_fits(cache, ids.shape[1], asked, words)
-    rooms = [layer.store.room for layer in cache.hive_layers()]
-    with cache.freeze(), progress.reconstruction():
+    with cache.freeze(), cache.progress.reconstruction():
         yield
         rooms = [layer.store.room for layer in cache.hive_layers()]
         for passage in passages(_rows(ids, mask), asked.chunk, words):
@@ -129,27 +133,39 @@ def reconstructed(
         layer.shrink(room)
 
 
-def check_fits(cache: HiveCache, tokens: int, asked: Reconstruction, words: Words | None) -> None:
-    """Raises `ValueError` when reading and repeating so many tokens leads beyond the length the
-    model was trained on.
+def check_fits(cache: HiveCache, reach: int, step: int) -> None:
+    """Raises `ValueError` when the second pass over a step of `step` tokens leads beyond the length
+    the model was trained on.
+
+    reach: positions that the model knows of when the pass begins.
     """
-    trained = cache.facts.trained_length
-    held = cache.progress.seen
-    if cache.positions == "cache":
-        held = max(layer.slots.length for layer in cache.hive_layers())
-    total = held + tokens + longest(tokens, asked, words)
-    if trained is not None and total > trained:
+    asked, trained = _asked(cache, step), cache.facts.trained_length
+    if asked is None or trained is None:
+        return
+    words = Words.of(cache.facts.loaded_model())
+    total = reach + min(step, asked.chunk) + (0 if words is None else words.longest)
+    if total > trained:
         raise ValueError(
-            f"{cache.recipe}: to read {tokens:,} tokens and repeat them, {asked.chunk:,} at a time, "
-            f"takes {total:,} positions, more than the {trained:,} the model was trained on; give "
-            f"fewer tokens, repeat fewer at a time, or take a policy without a second pass"
+            f"{cache.recipe}: reading and repeating {step:,} tokens, {asked.chunk:,} at a time, "
+            f"leads to position {total:,}, and the model was trained on {trained:,}; give fewer "
+            "tokens, lower chunk, or take a recipe without a second pass"
         )
 
 
-def longest(tokens: int, asked: Reconstruction, words: Words | None) -> int:
-    """The most tokens that a chunk of the pass over `tokens` tokens takes."""
-    asking = 0 if words is None else max(len(words.whole), len(words.part) + LEAD)
-    return min(tokens, asked.chunk) + (0 if words is None else asking + len(words.close))
+def _asked(cache: HiveCache, step: int) -> Reconstruction | None:
+    """The second pass over a step of so many tokens; None: there is none. Single tokens are not
+    repeated, nor what comes while nothing may go: in a frozen cache, and while drafts wait.
+    """
+    progress = cache.progress
+    held_back = progress.frozen or progress.recording
+    return None if step == 1 or held_back else cache.recipe.policy.reconstruction
+
+
+def _reach(cache: HiveCache) -> int:
+    """Positions between the oldest token held and the newest seen."""
+    if cache.positions == "original":
+        return cache.progress.seen
+    return max(layer.slots.length for layer in cache.hive_layers())
 
 
 def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.reading import prefill
+from kvhive.cache.reconstruction import check_fits
 from kvhive.inference.sampling import GREEDY, Sampling
 from kvhive.model.forward import forward
 
@@ -70,6 +71,7 @@ def check_length(cache: HiveCache, prompt: int, new: int, chunk: int | None) -> 
     """
     trained = cache.facts.trained_length
     if trained is None or _farthest(cache, prompt, new, chunk) <= trained:
+        check_fits(cache, _farthest(cache, prompt, 0, chunk), min(chunk or prompt, prompt))
         return
     what = f"{prompt:,} tokens to read and {new:,} to write"
     if cache.recipe.budget is None:

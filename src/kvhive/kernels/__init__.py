@@ -1,5 +1,5 @@
 """Attention that also reports: `attend`, and `report` for one more policy on the same step; `peaks`
-for the most that any query gives a slot; see `contracts` for the terms and `reference` for what they mean.
+for the most that any query gives a slot. `contracts` has the terms, `reference` what they mean.
 """
 
 from kvhive.kernels.contracts import NOTHING, TOGETHER, Ask, Held, Needs, Observed, Rows

@@ -1,4 +1,4 @@
-"""The most that any query of a step gives each slot, in plain torch, a chunk of queries at a time."""
+"""The most that any query of a step gives each slot, in plain torch, chunk by chunk of queries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: the one it was loaded or used with, else the one that lies beside it."""
+"""The tokenizer of a model: the one it was loaded or used with, else the one that lies with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     return _KNOWN[model]
 
 
-def _beside(place: str) -> PreTrainedTokenizerBase | None:
+def _beside(place: str | None) -> PreTrainedTokenizerBase | None:
     if not place:
         return None
     from transformers import AutoTokenizer

@@ -146,10 +146,8 @@ class Policy(Spec):
         """`score` of all layers, for heads that compete across the model; for methods by which a
         score depends on tokens of other layers. policies: of each layer, as `for_layer` made them.
         """
-        return [
-            policy.score(*part)
-            for policy, *part in zip(policies, slots, helds, strict=True)
-        ]
+        parts = zip(policies, slots, helds, strict=True)
+        return [policy.score(one, held) for policy, one, held in parts]
 
     def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """Tokens that stay whatever their score, bool `[b, K, n]`; budget as in `select`."""

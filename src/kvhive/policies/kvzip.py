@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from kvhive.kernels import Held, Observed
-from kvhive.policies._parts.repetition import among_the_repeated, most_attention
+from kvhive.policies._parts.repetition import score_repeated
 from kvhive.policies._parts.selection import sinks
 from kvhive.policies._parts.sizing import Sizing
 from kvhive.policies.base import POLICIES, Policy, Reconstruction
@@ -35,7 +34,7 @@ class KVzip(Policy):
 
     source: ClassVar[str] = "arXiv:2505.23416"
     cost: ClassVar[str] = "one more prefill, and the attention of its queries; 4 bytes a slot"
-    allocation: ClassVar[str] = "global"
+    allocation: ClassVar[str] = "global(floor=0)"
     ties: ClassVar[Literal["older", "newer"]] = "newer"
 
     sink: int = knob(4, "first tokens kept for ever", least=0)
@@ -58,9 +57,7 @@ class KVzip(Policy):
 
     def observe_reconstruction(self, slots: Slots, seen: Observed, repeated: Tensor) -> None:
         """Score the tokens of this chunk."""
-        given = most_attention(slots, seen, among_the_repeated(slots, seen, repeated, self.sink))
-        score = slots["repeated"]
-        score.copy_(torch.where(repeated, given, score))
+        score_repeated(slots["repeated"], slots, seen, repeated, self.sink)
 
     def score(self, slots: Slots, held: Held) -> Tensor:
         """The largest attention while the context was repeated; 0 for tokens that never were."""

@@ -13,18 +13,24 @@ from kvhive.slots import Slots
 from kvhive.step import Step
 
 
-def among_the_repeated(slots: Slots, seen: Observed, repeated: Tensor, sink: int) -> Tensor:
-    """bool `[b, K, n]`: the slots repeated, the first `sink` ones and the pass's own tokens: what a
-    chunk of the pass is taken to attend to, whatever else is held.
+def score_repeated(
+    scores: Tensor, slots: Slots, seen: Observed, repeated: Tensor, sink: int
+) -> None:
+    """Score the slots that a chunk of the pass repeats, in place; the others keep their scores.
+
+    scores: float32 `[b, K, n]`. A slot's score is the largest attention that any query of the
+    chunk's pass, and of the query heads of the group, gives it, as if nothing were held but the
+    slots repeated, the first `sink` ones and the pass itself.
     """
     own = torch.arange(slots.length, device=slots.device) >= slots.length - seen.fresh
-    return (repeated | own | sinks(slots, sink)) & slots.valid
+    among = (repeated | own | sinks(slots, sink)) & slots.valid
+    scores.copy_(torch.where(repeated, most_attention(slots, seen, among), scores))
 
 
 def most_attention(slots: Slots, seen: Observed, among: Tensor) -> Tensor:
-    """float32 `[b, K, n]`: the largest attention that any query of the step, and of the query heads
-    of the group, gives each slot, as if slots `among` (bool `[b, K, n]`, the step's own tokens
-    included) were all that is held; 0 for the others.
+    """float32 `[b, K, n]`: the largest attention that any query of the step gives each slot, as if
+    slots `among` (bool `[b, K, n]`, the step's own tokens included) were all that is held; 0 for
+    the others.
     """
     assert seen.queries is not None and seen.keys is not None
     used = among.any(0).any(0).nonzero()[:, 0]
