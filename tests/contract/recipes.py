@@ -65,11 +65,12 @@ def limit(policy: Policy, budget: int, decoded: int) -> int:
     return policy.sizing.peak(budget) + grown
 
 
-def fullest(policy: Policy, kept: Tensor) -> float:
+def fullest(recipe: Recipe, kept: Tensor) -> float:
     """What the budget bounds, of tokens kept `[layers, rows, heads]`: the fullest head of any row.
 
-    Where heads compete across the model, the budget bounds their mean.
+    Where heads compete, the budget bounds the mean of those that do.
     """
-    if policy.granularity == "model":
+    compete = recipe.allocation.compete
+    if "model" in (recipe.policy.granularity, compete):
         return float(kept.double().mean((0, 2)).max())
-    return float(kept.max())
+    return float((kept.double().mean(2) if compete == "layer" else kept).max())

@@ -94,8 +94,10 @@ class Eviction:
             target = self.limits.target(self.layer).expand_as(slots.tally)
         if self.limits.allocation.compete == "none":
             return cut(self.policy, slots, held, limits, target)
-        if not bool((slots.tally.sum(-1) > limits.sum(-1)).any()):
+        over = slots.tally.sum(-1, keepdim=True) > limits.sum(-1, keepdim=True)
+        if not bool(over.any()):
             return None
+        target = torch.where(over, target, limits)  # a row within its limits loses nothing
         score = self.checked(slots, self.policy.score(slots, held))
         on_device = [target.to(slots.device)]
         ranked = [self._ranked(slots, score, on_device[0])]
@@ -155,7 +157,8 @@ def plan_together(
             _plan(one, Choice(keep.to(one.device)), None)
             for one, keep in zip(slots, keeps, strict=True)
         ]
-    _, target = _limits_together(evictions, slots, decoding, spare)
+    limits, target = _limits_together(evictions, slots, decoding, spare)
+    target = torch.where(too_many[:, None] > 0, target, limits)  # others lose nothing
     return _plan_by_scores(evictions, slots, helds, target)
 
 
