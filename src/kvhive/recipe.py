@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvhive.allocations import ALLOCATIONS, Allocation
+from kvhive.allocations.uniform import Uniform
 from kvhive.budget import Budget
 from kvhive.policies import POLICIES, Policy
 from kvhive.policies.base import Positions
@@ -71,6 +72,28 @@ class Recipe:
                 f"slack {self.slack} leaves {name} fewer than its least of "
                 f"{sizing.least} "
                 f"tokens at a budget of {tokens}"
+            )
+
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        """Raises `ValueError` for an allocation that this policy leaves nothing to share out."""
+        policy, allocation = self.policy.name, self.allocation.name
+        if self.allocation == Uniform():
+            return
+        if self.budget is None:
+            raise ValueError(
+                f"{policy} has no budget here that {allocation} could share out; leave "
+                f"/{allocation} out"
+            )
+        if self.policy.granularity == "model":
+            raise ValueError(
+                f"{policy} shares its budget out among all heads itself; leave /{allocation} out"
+            )
+        if self.allocation.compete != "none" and not self.policy.scores:
+            raise ValueError(
+                f"{allocation} shares by the scores of tokens, and {self.policy} has none; use a "
+                "policy that scores, such as h2o or snapkv"
             )
 
     def _check_parts(self) -> None:

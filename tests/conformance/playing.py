@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvhive.allocations import Allocation
 from kvhive.allocations.uniform import Uniform
 from kvhive.budget import Budget
 from kvhive.cache.layer import HiveLayer
@@ -38,10 +39,12 @@ def make_layers(
     count: int,
     rotation: Rotation | None = None,
     slack: int | None = 0,
+    allocation: Allocation | None = None,
 ) -> list[HiveLayer]:
-    """The layers of a model, as in a cache."""
+    """The layers of a model, as in a cache. allocation: None for uniform."""
     policies = [policy.for_layer(place, count, budget) for place in range(count)]
-    limits = Limits(policies, None if budget is None else Budget(tokens=budget), Uniform(), slack)
+    tokens = None if budget is None else Budget(tokens=budget)
+    limits = Limits(policies, tokens, allocation or Uniform(), slack)
     progress = Progress(count, limits)
     layers: list[HiveLayer] = []
     for place, own in enumerate(policies):

@@ -55,7 +55,7 @@ def test_never_more_than_the_budget(recipe: str | Recipe) -> None:
     for step, (_, decoded, read) in enumerate(live(feeder)):
         most = allowed(feeder.recipe, decoded, read)
         held = feeder.layer.slots.count
-        assert most is None or fullest(feeder.recipe.policy, held[None]) <= most
+        assert most is None or fullest(feeder.recipe, held[None]) <= most
         assert int(held.min()) >= min(feeder.seen[0], most or feeder.seen[0]) // 4, (
             "evicts too much"
         )

@@ -44,7 +44,7 @@ def test_a_frozen_cache_loses_nothing(model: PreTrainedModel, recipe: str) -> No
     policy, budget = cache.recipe.policy, cache.recipe.budget
     if budget is not None and policy.sizing.decoding:
         kept = cache.report().kept
-        assert fullest(policy, kept) <= policy.sizing.peak(budget.resolve(PROMPT, 1))
+        assert fullest(cache.recipe, kept) <= policy.sizing.peak(budget.resolve(PROMPT, 1))
     assert cache.get_seq_length() == PROMPT + 41
 
 
@@ -90,7 +90,7 @@ def test_room_can_be_made_ahead(recipe: str) -> None:
     turn = most - policy.sizing.least
     feeder.layer.make_room(turn)
     kept = feeder.layer.slots.count[None]
-    assert fullest(policy, kept) <= max(most - turn, policy.sizing.peak(policy.sizing.least))
+    assert fullest(feeder.recipe, kept) <= max(most - turn, policy.sizing.peak(policy.sizing.least))
     feeder.layer.make_room(10_000)
     feeder.step(40)
     feeder.step(1)

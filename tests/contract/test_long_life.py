@@ -43,7 +43,7 @@ def test_a_long_life(kind: type[Feeder], recipe: Recipe) -> None:
         together.append(batch.step(1))
         singly.append(alone.step(1)[0])
         held = batch.layer.slots.count
-        assert fullest(policy, held[None]) <= limit(policy, tokens, decoded)
+        assert fullest(recipe, held[None]) <= limit(policy, tokens, decoded)
         if decoded % EVERY == 0 or decoded == DECODED:
             batch.check()
             check_ends(batch)

@@ -36,14 +36,18 @@ class Facts:
 class Allocation(Spec):
     """Base of all allocations. Fields are hyper-parameters.
 
-    compete: who shares anew at each eviction, by the scores tokens have then: nobody ("none": the
-    shares are fixed), the heads of a layer ("layer"), or all heads of the model ("model", which
-    then evicts when its last layer has attended). profile: the method of the profile it reads; None
-    for no profile.
+    Class facts: `source` (paper), `compete` (who shares anew at each eviction, by the scores tokens
+    have then: nobody, "none": the shares are fixed; the heads of a "layer"; or all heads of the
+    "model", which then evicts when its last layer has attended), `profile` (the method of the
+    profile it reads; None for no profile).
     """
 
+    source: ClassVar[str] = ""
     compete: ClassVar[Literal["none", "layer", "model"]] = "none"
     profile: ClassVar[str | None] = None
+
+    def check(self, layers: int) -> None:
+        """Raises `ValueError` for knobs that do not suit so many compressed layers."""
 
     def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
         """int64 `[layers, kv_heads]` on the CPU, with sum exactly `budget * layers * kv_heads`.

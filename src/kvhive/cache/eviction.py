@@ -39,6 +39,12 @@ class Eviction:
         return self.policy.granularity == "model" or self.limits.allocation.compete == "model"
 
     @property
+    def competing(self) -> bool:
+        """Whether an allocation shares anew by scores; a layer without a limit takes no part."""
+        budgeted = self.limits.sizings[self.layer].budgeted
+        return budgeted and self.limits.allocation.compete != "none"
+
+    @property
     def decoding(self) -> bool:
         """Whether decoding evicts at all."""
         return self.policy.sizing.decoding
@@ -70,14 +76,14 @@ class Eviction:
 
     def _count(self, slots: Slots, limits: Tensor) -> int:
         left = limits - slots.tally
-        if self.limits.allocation.compete == "none":
+        if not self.competing:
             return int(left.min())
         return int(left.sum(-1).min() // slots.heads)
 
     def bound(self, growing: int) -> int | None:
         """The most slots a head needs room for, `growing` at a time; None: nobody knows."""
         limits = self.limits.of(self.layer)
-        unknown = self.together or self.limits.allocation.compete != "none"
+        unknown = self.together or self.competing
         if limits is None or unknown or self.limits.budget is None or not self.decoding:
             return None
         return int(limits.max()) + growing
@@ -92,27 +98,16 @@ class Eviction:
         limits = target = self.limits.lowered(self.layer, spare).expand_as(slots.tally)
         if decoding:
             target = self.limits.target(self.layer).expand_as(slots.tally)
-        if self.limits.allocation.compete == "none":
+        if not self.competing:
             return cut(self.policy, slots, held, limits, target)
         over = slots.tally.sum(-1, keepdim=True) > limits.sum(-1, keepdim=True)
         if not bool(over.any()):
             return None
-        target = torch.where(over, target, limits)  # a row within its limits loses nothing
-        score = self.checked(slots, self.policy.score(slots, held))
-        on_device = [target.to(slots.device)]
+        score = _scores_to_compete_by([self], [slots], [held])[0]
+        on_device = [torch.where(over, target, limits).to(slots.device)]
         ranked = [self._ranked(slots, score, on_device[0])]
         shares = self.limits.allocation.at_eviction(ranked, on_device, self.limits.floor)[0]
         return cut(self.policy, slots, held, shares.cpu(), shares.cpu(), score)
-
-    def checked(self, slots: Slots, score: Tensor | None) -> Tensor:
-        """The score that heads compete by. Raises `ValueError` for a policy that has none."""
-        if score is None:
-            raise ValueError(
-                f"{self.limits.allocation.name} shares by the scores of tokens, and "
-                f"{self.policy.name} has none; use a policy that scores, such as h2o or snapkv"
-            )
-        _check_shape(self.policy, "score", score, slots)
-        return score
 
     def _ranked(self, slots: Slots, score: Tensor, budget: Tensor) -> Tensor:
         """Scores for heads to compete by; what stays anyway counts as won."""
@@ -131,8 +126,10 @@ def excess_together(
     if first.limits.all is None:
         return None
     limits, target = _limits_together(evictions, slots, decoding, spare)
-    excess = first.policy.excess if first.policy.granularity == "model" else _excess
-    too_many = excess(slots, limits, target)
+    if first.policy.granularity == "model":
+        too_many = first.policy.excess(slots, limits, target)
+    else:
+        too_many = _excess(evictions, slots, limits)
     return too_many if bool(too_many.any()) else None
 
 
@@ -158,7 +155,7 @@ def plan_together(
             for one, keep in zip(slots, keeps, strict=True)
         ]
     limits, target = _limits_together(evictions, slots, decoding, spare)
-    target = torch.where(too_many[:, None] > 0, target, limits)  # others lose nothing
+    target = torch.where(too_many[:, None] > 0, target, limits)  # rows go down each on its own
     return _plan_by_scores(evictions, slots, helds, target)
 
 
@@ -174,29 +171,53 @@ def _limits_together(
     return torch.stack(limits), torch.stack(target)
 
 
-def _excess(slots: Sequence[Slots], limits: Tensor, target: Tensor) -> Tensor:
+def _excess(evictions: Sequence[Eviction], slots: Sequence[Slots], limits: Tensor) -> Tensor:
     """int64 `[b]` on the CPU: tokens that each row holds beyond the sum of its limits."""
-    tally = torch.stack([one.tally for one in slots])
-    return (tally.sum((0, 2)) - limits.sum((0, 2))).clamp_min(0)
+    part = [place for place, eviction in enumerate(evictions) if eviction.competing]
+    tally = torch.stack([slots[place].tally for place in part])
+    return (tally.sum((0, 2)) - limits[part].sum((0, 2))).clamp_min(0)
 
 
 def _plan_by_scores(
     evictions: Sequence[Eviction], slots: Sequence[Slots], helds: Sequence[Held], target: Tensor
 ) -> list[Plan | None]:
-    """The allocation shares `target` anew among all heads, and each layer is cut to its part."""
-    policies = [e.policy for e in evictions]
-    scored = policies[0].score_all(policies, slots, helds)
-    scores = [e.checked(one, score) for e, one, score in zip(evictions, slots, scored, strict=True)]
-    on_device = [row.to(one.device) for row, one in zip(target, slots, strict=True)]
+    """The allocation shares `target` anew among all heads that compete, and each layer is cut to
+    its part.
+    """
+    plans: list[Plan | None] = [None] * len(slots)
+    part = [place for place, eviction in enumerate(evictions) if eviction.competing]
+    scores = _scores_to_compete_by(
+        *([one[place] for place in part] for one in (evictions, slots, helds))
+    )
+    on_device = [target[place].to(slots[place].device) for place in part]
     ranked = [
-        e._ranked(*part) for e, *part in zip(evictions, slots, scores, on_device, strict=True)
+        evictions[place]._ranked(slots[place], score, budget)
+        for place, score, budget in zip(part, scores, on_device, strict=True)
     ]
     limits = evictions[0].limits
     shares = limits.allocation.at_eviction(ranked, on_device, limits.floor)
-    return [
-        cut(e.policy, one, held, share.cpu(), share.cpu(), score)
-        for e, one, held, share, score in zip(evictions, slots, helds, shares, scores, strict=True)
-    ]
+    for place, share, score in zip(part, shares, scores, strict=True):
+        policy, share = evictions[place].policy, share.cpu()
+        plans[place] = cut(policy, slots[place], helds[place], share, share, score)
+    return plans
+
+
+def _scores_to_compete_by(
+    evictions: Sequence[Eviction], slots: Sequence[Slots], helds: Sequence[Held]
+) -> list[Tensor]:
+    """float32 `[b, K, n]` of each layer. Raises `ValueError` for a policy that has no scores."""
+    policies, scores = [eviction.policy for eviction in evictions], []
+    for policy, one, score in zip(
+        policies, slots, policies[0].score_all(policies, slots, helds), strict=True
+    ):
+        if score is None:
+            raise ValueError(
+                f"{evictions[0].limits.allocation.name} shares by the scores of tokens, and "
+                f"{policy.name} has none; use a policy that scores, such as h2o or snapkv"
+            )
+        _check_shape(policy, "score", score, one)
+        scores.append(score)
+    return scores
 
 
 def cut(

@@ -39,6 +39,8 @@ class Limits:
         self.allocation, self._slack, self._profile = allocation, slack, profile
         self.sizings = [policy.sizing for policy in policies]
         self.floor = max(sizing.least for sizing in self.sizings)
+        if budget is not None:
+            allocation.check(sum(sizing.budgeted for sizing in self.sizings))
         self.limited = budget is not None or any(s.alone is not None for s in self.sizings)
         self.reset()
 

@@ -103,6 +103,11 @@ class Policy(Spec):
         return Sizing()
 
     @property
+    def scores(self) -> bool:
+        """Whether `score` ranks tokens, so that heads can compete by it."""
+        return _writes(type(self), "score")
+
+    @property
     def merges(self) -> bool:
         """Whether `choose` folds slots into others, which then hold keys no token wrote."""
         return False

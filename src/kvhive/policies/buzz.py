@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
+from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts import cells as hive
 from kvhive.policies._parts import regions as region
 from kvhive.policies._parts.regions import SMALL, Regions, Sizes
@@ -131,6 +131,19 @@ class Buzz(Policy):
     def observe(self, slots: Slots, seen: Observed) -> None:
         """The judge's opinion."""
         region.observe(self.variant, slots, seen)
+
+    @property
+    def scores(self) -> bool:
+        """Unless a cell's first token is taken."""
+        return self.variant != "no_max"
+
+    def score(self, slots: Slots, held: Held) -> Tensor | None:
+        """The judge's opinion, by which heads may compete for room."""
+        return region.scores(self.variant, slots)
+
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """Sinks and window."""
+        return self._sizes.regions(budget).ends(slots)
 
     def choose(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Choice:
         """Events where a head is over its budget; see the class.

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Needs, Observed
+from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts import cells as hive
 from kvhive.policies._parts import regions as region
 from kvhive.policies._parts.regions import Regions, Sizes
@@ -109,6 +109,19 @@ class BuzzLog(Policy):
     def observe(self, slots: Slots, seen: Observed) -> None:
         """The judge's opinion."""
         region.observe(self.variant, slots, seen)
+
+    @property
+    def scores(self) -> bool:
+        """Unless a cell's first token is taken."""
+        return self.variant != "no_max"
+
+    def score(self, slots: Slots, held: Held) -> Tensor | None:
+        """The judge's opinion, by which heads may compete for room."""
+        return region.scores(self.variant, slots)
+
+    def protected(self, slots: Slots, budget: Tensor) -> Tensor:
+        """Sinks and window."""
+        return self._sizes.regions(budget).ends(slots)
 
     def choose(self, slots: Slots, budget: Tensor, score: Tensor | None) -> Choice:
         """New cells, and merged ones, where a head is over its budget; see the class.

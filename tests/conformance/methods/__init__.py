@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..cases import Case
 from . import (
+    adakv,
     buzz,
     cascading_kv,
     corm,
@@ -13,6 +14,7 @@ from . import (
     h2o,
     kv_compress,
     l2norm,
+    pyramidkv,
     scissorhands,
     snapkv,
     streaming_llm,
@@ -20,6 +22,7 @@ from . import (
 )
 
 REPLAYS: dict[str, Callable[[Case], None]] = {
+    "adakv": adakv.replay,
     "buzz": buzz.replay,
     "cascading_kv": cascading_kv.replay,
     "corm": corm.replay,
@@ -27,6 +30,7 @@ REPLAYS: dict[str, Callable[[Case], None]] = {
     "h2o": h2o.replay,
     "kv_compress": kv_compress.replay,
     "l2norm": l2norm.replay,
+    "pyramidkv": pyramidkv.replay,
     "scissorhands": scissorhands.replay,
     "snapkv": snapkv.replay,
     "streaming_llm": streaming_llm.replay,

@@ -60,16 +60,19 @@ def logits_of(attention: Tensor) -> Tensor:
 def same_scores(case: Case, policy: SnapKV) -> None:
     """The pooled scores of all older tokens, before anything is dropped, are those recorded.
 
-    kvpress takes the mean over the window for the sum, and gives the window a score of its own.
+    kvpress and Ada-KV take the mean over the window for the sum; kvpress gives the window a score
+    of its own.
     """
     recorded = case.tensors["scores"]
     layer = read(case, make_layer(policy, 10**6))
     older = layer.slots.length - policy.window
     ours = policy.score(layer.slots, layer.held())[0, :, :older]
     if "compression_ratio" in case.params:
-        ours, recorded = ours / policy.window, recorded[:, :older]
+        recorded = recorded[:, :older]
         rule = int(layer.slots.length * (1 - case.params["compression_ratio"]))
         kept = case.tensors["kept_sorted"].shape[-1]
         require(kept == rule, f"step 0: {kept} tokens recorded, but the ratio asks for {rule}")
+    if "compression_ratio" in case.params or case.method == "adakv":
+        ours = ours / policy.window
     worst = float((ours - recorded).abs().max())
     require(worst <= TOLERANCE, f"step 0: scores are off by up to {worst:.2e}")

@@ -30,10 +30,16 @@ class Regions:
         """Their sum."""
         return self.sink + self.room + self.window
 
+    def ends(self, slots: Slots) -> Tensor:
+        """bool `[b, K, n]`: the sinks and the window."""
+        return self._sinks(slots) | recent(slots, self.window)
+
     def bare(self, slots: Slots) -> Tensor:
         """bool `[b, K, n]`: the sinks and the newest tokens, where there is no room for more."""
-        ends = slots.valid & (slots.rank < self.sink[..., None])
-        return ends | recent(slots, self.budget - self.sink)
+        return self._sinks(slots) | recent(slots, self.budget - self.sink)
+
+    def _sinks(self, slots: Slots) -> Tensor:
+        return slots.valid & (slots.rank < self.sink[..., None])
 
 
 @dataclass(frozen=True)
