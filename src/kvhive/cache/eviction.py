@@ -187,7 +187,9 @@ def _plan_by_scores(
     plans: list[Plan | None] = [None] * len(slots)
     part = [place for place, eviction in enumerate(evictions) if eviction.competing]
     scores = _scores_to_compete_by(
-        *([one[place] for place in part] for one in (evictions, slots, helds))
+        [evictions[place] for place in part],
+        [slots[place] for place in part],
+        [helds[place] for place in part],
     )
     on_device = [target[place].to(slots[place].device) for place in part]
     ranked = [

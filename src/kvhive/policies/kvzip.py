@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvhive.kernels import Held, Observed
@@ -27,7 +28,8 @@ class KVzip(Policy):
     the 8 tokens before). A token's score is the largest attention that any query of its chunk's
     pass, and of the query heads of its group, gives it; the softmax runs over that chunk, the first
     `sink` tokens and the pass itself. Heads compete across the model. The first `sink` tokens stay.
-    Ties: the newer token. Prompts are compressed, decoding evicts nothing.
+    Tokens that were never repeated come after all that were, the newest first. Ties: the older
+    token. Prompts are compressed, decoding evicts nothing.
 
     Source: Kim et al. 2025, arXiv:2505.23416, and the authors' code. State: one float32 per slot.
     """
@@ -35,7 +37,6 @@ class KVzip(Policy):
     source: ClassVar[str] = "arXiv:2505.23416"
     cost: ClassVar[str] = "one more prefill, and the attention of its queries; 4 bytes a slot"
     allocation: ClassVar[str] = "global(floor=0.0)"
-    ties: ClassVar[Literal["older", "newer"]] = "newer"
 
     sink: int = knob(4, "first tokens kept for ever", least=0)
     chunk: int = knob(2048, "tokens that are repeated at a time", least=1)
@@ -60,8 +61,11 @@ class KVzip(Policy):
         score_repeated(slots["repeated"], slots, seen, repeated, self.sink)
 
     def score(self, slots: Slots, held: Held) -> Tensor:
-        """The largest attention while the context was repeated; 0 for tokens that never were."""
-        return slots["repeated"]
+        """The largest attention while the context was repeated; minus its age for a token that never
+        was.
+        """
+        given, age = slots["repeated"], slots.count[..., None] - slots.rank
+        return torch.where(given > 0, given, -age.float())
 
     def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """The sinks."""
