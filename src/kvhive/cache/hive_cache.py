@@ -20,7 +20,6 @@ from kvhive.cache.frozen import Frozen
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
-from kvhive.cache.reading import check_reading, prefill
 from kvhive.cache.report import Report, summary
 from kvhive.cache.room import HEADROOM
 from kvhive.calibration import Profile
@@ -116,6 +115,8 @@ class HiveCache(Cache):
         a time and evict after each step; None: all at once. Raises `ValueError` for ids or a mask
         of another shape, for padding on the right, and when the model is no longer loaded.
         """
+        from kvhive.cache.reading import check_reading, prefill  # which know this class
+
         check_reading(input_ids, attention_mask, self.progress)
         model = self.facts.loaded_model()
         if tokenizer is not None:

@@ -151,18 +151,19 @@ class HiveLayer(CacheLayerMixin):
         step = self.progress.begin(self.place, keys, mask)
         if step.order is not None:
             query, keys, values = (in_order(part, step.order) for part in (query, keys, values))
-        repeated = self.progress.repeated
-        if repeated is None:
+        repeating = self.progress.repeats is not None
+        if not repeating:
             self._growing = step.fresh if self.store.length else 1
         recording, later = self.progress.recording, self._may_vote_later(step)
         if not later:
             self._hear()
         self._append(keys, values, step)
         needs = NOTHING if recording or later else self.policy.needs
-        needs = needs if repeated is None else REPEATING
+        needs = REPEATING if repeating else needs
         out, seen = self.store.attend(query, self._ask(step, scale, needs))
-        if repeated is not None:
-            self.policy.observe_reconstruction(self.slots, seen, repeated.to(self.device))
+        if repeating:
+            repeated = self.progress.repeated(self.slots.length).to(self.device)
+            self.policy.observe_reconstruction(self.slots, seen, repeated)
         elif recording:
             votes = query if self.policy.needs.votes else None
             self.pending.append(Pending.of(step, scale, votes, keys, values))

@@ -17,7 +17,8 @@ class Progress:
 
     layers: how many compressed layers go through each step, in order. frozen: how many calls of
     `freeze` wait for their thaw. recording: votes and evictions wait for `crop`. reading: a second
-    pass comes after the step. repeated: bool `[b, 1, n]` while it runs, the slots it repeats.
+    pass comes after the step. repeats: int64 `[b, 2]` while it runs: where what it repeats begins
+    and ends, in tokens before its own.
     """
 
     def __init__(self, layers: int, limits: Limits) -> None:
@@ -25,7 +26,7 @@ class Progress:
         self.frozen = 0
         self.recording = False
         self.reading = False
-        self.repeated: Tensor | None = None
+        self.repeats: Tensor | None = None
         self.opening = False  # recording, and no step was taken since it began
         self.reset()
 
@@ -57,7 +58,7 @@ class Progress:
                     "(HiveCache.for_model sets it); make a new cache, or call reset()"
                 )
             self._step, self._done = self._next(keys, mask, phase), 0
-            if phase is not None or not (self.recording or self.repeated is not None):
+            if phase is not None or not (self.recording or self.repeats is not None):
                 self.limits.follow(self._step, self.lengths(), keys.shape[1])
         if self._step is None or layer != self._done or keys.shape[2] != self._step.fresh:
             raise ValueError(
@@ -93,7 +94,7 @@ class Progress:
 
     def _phase(self, fresh: int) -> Phase:
         """Drafts are verified, but what comes first while recording is a prompt with its draft."""
-        if self.repeated is not None:
+        if self.repeats is not None:
             return "verify"
         opening, self.opening = self.opening, False
         if self.recording:
@@ -137,6 +138,16 @@ class Progress:
             yield
         finally:
             self.reading = False
+
+    def repeated(self, slots: int) -> Tensor:
+        """bool `[b, 1, slots]` on the CPU: which of a layer's slots the step of the second pass
+        repeats, its own tokens being the last.
+        """
+        assert self.repeats is not None
+        assert self._step is not None
+        slot = torch.arange(slots)
+        first, last = (slots - self._step.fresh - self.repeats)[:, :, None, None].unbind(1)
+        return (slot >= first) & (slot < last)
 
     # ---- rows -----------------------------------------------------------------------------------
 

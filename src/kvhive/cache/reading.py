@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.progress import Progress
 from kvhive.cache.reconstruction import check_fits, reconstructed
 from kvhive.model.forward import chunks, forward, padding
-
-if TYPE_CHECKING:
-    from kvhive.cache.hive_cache import HiveCache
 
 
 def step(

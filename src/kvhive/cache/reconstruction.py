@@ -10,20 +10,17 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.speculation import truncate
 from kvhive.model.chat import ChatFormat
 from kvhive.model.forward import forward, padding
 from kvhive.model.tokenizers import tokenizer_of
 from kvhive.policies import Reconstruction
-
-if TYPE_CHECKING:
-    from kvhive.cache.hive_cache import HiveCache
 
 WHOLE = "\n\nRepeat the previous context exactly."
 PART = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -77,14 +74,6 @@ class Passage:
     ids: Tensor
     real: Tensor
     repeats: Tensor
-
-    def slots(self, held: int) -> Tensor:
-        """bool `[rows, 1, held + m]`: the slots repeated, where `held` were there before the pass,
-        the last of them what the row was given.
-        """
-        slot = torch.arange(held + self.ids.shape[1])
-        first, last = (held - self.repeats)[:, :, None, None].unbind(1)
-        return (slot >= first) & (slot < last)
 
 
 def passages(rows: Sequence[Sequence[int]], chunk: int, words: Words | None) -> list[Passage]:
@@ -188,11 +177,11 @@ def _repeat(
     if mask is not None:
         mask = torch.cat([mask.long(), passage.real.to(mask.device).long()], 1)
         padded = padding(mask, 0, passage.ids.shape[1])
-    cache.progress.repeated = passage.slots(layers[0].slots.length)
+    cache.progress.repeats = passage.repeats
     try:
         forward(model, cache, passage.ids, 1, *padded)
         truncate(layers, passage.ids.shape[1])
     finally:
-        cache.progress.repeated = None
+        cache.progress.repeats = None
     for index, layer in saved.items():
         cache.layers[index] = layer

@@ -61,9 +61,7 @@ class KVzip(Policy):
         score_repeated(slots["repeated"], slots, seen, repeated, self.sink)
 
     def score(self, slots: Slots, held: Held) -> Tensor:
-        """The largest attention while the context was repeated; minus its age for a token that never
-        was.
-        """
+        """The largest attention in the pass; minus its age for a token that was never repeated."""
         given, age = slots["repeated"], slots.count[..., None] - slots.rank
         return torch.where(given > 0, given, -age.float())
 
