@@ -62,7 +62,7 @@ def log_probs(
 ) -> tuple[Tensor, kvhive.Report]:
     """float32 `[scored - 1, vocabulary]`: predictions of the tokens after the first scored one."""
     cache = kvhive.HiveCache.for_model(model, recipe)
-    model(ids[:, :prefix], past_key_values=cache, logits_to_keep=1)
+    cache.read(ids[:, :prefix])
     report = cache.report()
     with cache.freeze():
         logits = model(ids[:, prefix:-1], past_key_values=cache).logits[0]

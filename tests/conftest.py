@@ -18,9 +18,11 @@ UNCHECKED = (
     "comparison",
     "html",
     "inference",
+    "model.chat",
     "model.loading",
     "model.pretrained",
     "model.smollm2",
+    "model.tokenizers",
     "evaluation.ray_workers",
 )
 beartype_package(

@@ -27,7 +27,8 @@ class Recipe:
 
     policy: which. budget: how many a KV head may hold (`None` for methods that size themselves); a
     bare number or string is read as in the string form: 48 tokens, 0.4 of what was seen, "40%".
-    allocation: how the budget is spread over layers and heads. store: how survivors lie in memory.
+    allocation: how the budget is spread over layers and heads; default: the policy's own.
+    store: how survivors lie in memory.
     positions: "original" (keys keep the rotary position they were written with) or "cache"
     (positions are counted inside the cache, so that none ever exceeds the budget); default: the
     policy's own rule.
@@ -39,7 +40,7 @@ class Recipe:
 
     policy: Policy
     budget: Budget | None = None
-    allocation: Allocation = field(default_factory=Uniform)
+    allocation: Allocation = None  # type: ignore[assignment]  # until the policy's own is put there
     store: StoreKind = field(default_factory=Dense)
     positions: Positions | None = None
     slack: int | None = None
@@ -96,6 +97,8 @@ class Recipe:
             )
 
     def _check_parts(self) -> None:
+        if self.allocation is None and isinstance(self.policy, Policy):
+            object.__setattr__(self, "allocation", _own_allocation(self.policy))
         kinds = (("policy", Policy), ("allocation", Allocation), ("store", StoreKind))
         for part, kind in kinds:
             value = getattr(self, part)
@@ -143,9 +146,15 @@ class Recipe:
         text = printed(self.policy, shared)
         if self.budget is not None and self.policy.sizing.implied is None:
             text += f"@{self.budget}"
-        if self.allocation != Uniform():
+        if self.allocation != _own_allocation(self.policy):
             text += f"/{self.allocation}"
         return text if self.store == Dense() else f"{text}+{self.store}"
+
+
+def _own_allocation(policy: Policy) -> Allocation:
+    """The allocation that a policy asks for where none is written."""
+    call, _ = take(policy.allocation, f"allocation of {policy.name}")
+    return build(ALLOCATIONS, call)
 
 
 def _policy_and_shared(front: Call) -> tuple[Policy, dict[str, Any]]:

@@ -7,7 +7,7 @@ import re
 import torch
 from transformers.cache_utils import DynamicCache
 
-from kvhive.inference.chat import chat_ids
+from kvhive.model.chat import chat_ids
 from tests.cli.tiny import TRAINED_LENGTH, model, save, text, tokenizer
 
 

@@ -11,9 +11,9 @@ from kvhive.cache.hive_cache import HiveCache
 from kvhive.comparison import run as running
 from kvhive.comparison.compare import compare
 from kvhive.comparison.sweep import sweep
-from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import read
 from kvhive.inference.prompt import Prompt, question_ids
+from kvhive.model.chat import ChatFormat
 from tests.cli.tiny import TRAINED_LENGTH, model, text, tokenizer
 
 QUESTIONS = ["What did the keeper keep?", "Where?", "In what?"]

@@ -12,8 +12,8 @@ from kvhive.evaluation.data.source import Builtin
 from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.evaluation.tasks.context import TaskContext
-from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import end_tokens
+from kvhive.model.chat import ChatFormat
 from kvhive.recipe import Recipe
 from tests.cli import tiny
 

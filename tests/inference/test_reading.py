@@ -6,10 +6,10 @@ import pytest
 
 import kvhive
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import decode, end_tokens, read
 from kvhive.inference.prompt import Prompt, question_ids
 from kvhive.inference.text_pieces import pieces
+from kvhive.model.chat import ChatFormat
 from tests.cli.tiny import TRAINED_LENGTH, model, text, tokenizer
 
 ASKED = ["Who?", "Where was it?"]

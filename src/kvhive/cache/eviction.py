@@ -103,20 +103,11 @@ class Eviction:
         over = slots.tally.sum(-1, keepdim=True) > limits.sum(-1, keepdim=True)
         if not bool(over.any()):
             return None
-        score = self._score(slots, held)
+        score = _scores_to_compete_by([self], [slots], [held])[0]
         on_device = [torch.where(over, target, limits).to(slots.device)]
         ranked = [self._ranked(slots, score, on_device[0])]
         shares = self.limits.allocation.at_eviction(ranked, on_device, self.limits.floor)[0]
         return cut(self.policy, slots, held, shares.cpu(), shares.cpu(), score)
-
-    def _score(self, slots: Slots, held: Held) -> Tensor:
-        score = _score(self.policy, slots, held)
-        if score is None:
-            raise ValueError(
-                f"{self.limits.allocation.name} shares by the scores of tokens, and "
-                f"{self.policy.name} has none; use a policy that scores, such as h2o or snapkv"
-            )
-        return score
 
     def _ranked(self, slots: Slots, score: Tensor, budget: Tensor) -> Tensor:
         """Scores for heads to compete by; what stays anyway counts as won."""
@@ -195,7 +186,11 @@ def _plan_by_scores(
     """
     plans: list[Plan | None] = [None] * len(slots)
     part = [place for place, eviction in enumerate(evictions) if eviction.competing]
-    scores = [evictions[place]._score(slots[place], helds[place]) for place in part]
+    scores = _scores_to_compete_by(
+        [evictions[place] for place in part],
+        [slots[place] for place in part],
+        [helds[place] for place in part],
+    )
     on_device = [target[place].to(slots[place].device) for place in part]
     ranked = [
         evictions[place]._ranked(slots[place], score, budget)
@@ -207,6 +202,24 @@ def _plan_by_scores(
         policy, share = evictions[place].policy, share.cpu()
         plans[place] = cut(policy, slots[place], helds[place], share, share, score)
     return plans
+
+
+def _scores_to_compete_by(
+    evictions: Sequence[Eviction], slots: Sequence[Slots], helds: Sequence[Held]
+) -> list[Tensor]:
+    """float32 `[b, K, n]` of each layer. Raises `ValueError` for a policy that has no scores."""
+    policies, scores = [eviction.policy for eviction in evictions], []
+    for policy, one, score in zip(
+        policies, slots, policies[0].score_all(policies, slots, helds), strict=True
+    ):
+        if score is None:
+            raise ValueError(
+                f"{evictions[0].limits.allocation.name} shares by the scores of tokens, and "
+                f"{policy.name} has none; use a policy that scores, such as h2o or snapkv"
+            )
+        _check_shape(policy, "score", score, one)
+        scores.append(score)
+    return scores
 
 
 def cut(

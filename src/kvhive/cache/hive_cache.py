@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvhive.cache import speculation
@@ -19,14 +20,13 @@ from kvhive.cache.frozen import Frozen
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
-from kvhive.cache.reading import check_reading
 from kvhive.cache.report import Report, summary
 from kvhive.cache.room import HEADROOM
 from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
 from kvhive.model.facts import ModelFacts
-from kvhive.model.forward import prefill
 from kvhive.model.outline import Outline
+from kvhive.model.tokenizers import remember
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 from kvhive.spec import whole
@@ -46,6 +46,7 @@ class HiveCache(Cache):
         _check_profile(recipe, facts, profile)
         self.recipe = recipe
         self.facts = facts
+        self._warned = False  # of a prompt that came without its second pass
         self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
         self.compressed = facts.full_layers
         written = [(facts.rotations or {}).get(index) for index in self.compressed]
@@ -101,6 +102,7 @@ class HiveCache(Cache):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prefill_chunk: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Tensor:
         """Let the model read int64 ids `[rows, tokens]` into this cache; float logits
         `[rows, vocabulary]` of the token that comes next.
@@ -113,8 +115,12 @@ class HiveCache(Cache):
         a time and evict after each step; None: all at once. Raises `ValueError` for ids or a mask
         of another shape, for padding on the right, and when the model is no longer loaded.
         """
+        from kvhive.cache.reading import check_reading, prefill  # which know this class
+
         check_reading(input_ids, attention_mask, self.progress)
         model = self.facts.loaded_model()
+        if tokenizer is not None:
+            remember(model, tokenizer)
         return prefill(model, self, input_ids, prefill_chunk, attention_mask)
 
     # ---- what transformers asks of a cache ------------------------------------------------------
@@ -134,10 +140,25 @@ class HiveCache(Cache):
             )
         if layer_idx == self.compressed[0]:
             self._check_stock_layers(key_states.shape[2])
+            self._warn_without_pass(key_states.shape[2])
         handed: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
         return handed
+
+    def _warn_without_pass(self, fresh: int) -> None:
+        """Warn, once a cache, when a prompt comes without the second pass its policy asks for."""
+        policy, progress = self.recipe.policy, self.progress
+        if fresh == 1 or self._warned or policy.reconstruction is None:
+            return
+        if progress.reading or progress.frozen:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{policy.name} goes without its reconstruction pass: model.generate shows a cache no "
+            "token ids; read the prompt with cache.read(input_ids) first",
+            stacklevel=2,
+        )
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the newest `-tokens_to_remove` tokens; then count votes and evict as postponed.

@@ -27,6 +27,7 @@ from kvhive.slots import Slots
 from kvhive.step import Phase, Step, in_order
 from kvhive.stores import LayerFacts, Store, StoreKind
 
+REPEATING = Needs(queries=True, keys=True)  # of the second pass (`cache/reconstruction.py`)
 FEW = 64  # slots held for each query that waits for its vote
 
 
@@ -150,14 +151,20 @@ class HiveLayer(CacheLayerMixin):
         step = self.progress.begin(self.place, keys, mask)
         if step.order is not None:
             query, keys, values = (in_order(part, step.order) for part in (query, keys, values))
-        self._growing = step.fresh if self.store.length else 1
+        repeating = self.progress.repeats is not None
+        if not repeating:
+            self._growing = step.fresh if self.store.length else 1
         recording, later = self.progress.recording, self._may_vote_later(step)
         if not later:
             self._hear()
         self._append(keys, values, step)
         needs = NOTHING if recording or later else self.policy.needs
+        needs = REPEATING if repeating else needs
         out, seen = self.store.attend(query, self._ask(step, scale, needs))
-        if recording:
+        if repeating:
+            repeated = self.progress.repeated(self.slots.length).to(self.device)
+            self.policy.observe_reconstruction(self.slots, seen, repeated)
+        elif recording:
             votes = query if self.policy.needs.votes else None
             self.pending.append(Pending.of(step, scale, votes, keys, values))
         elif later:
@@ -303,6 +310,14 @@ class HiveLayer(CacheLayerMixin):
         """
         if self.slots.length:
             self.evict(decoding=False, spare=tokens)
+
+    def shrink(self, room: int) -> None:
+        """Give back room beyond `room` slots, made for tokens that were taken back."""
+        if self.store.room > max(room, self.slots.length):
+            plan = Plan.keeping(self.slots.valid)
+            self.store = self.store.compact(plan, room)
+            self.slots.compact(plan, room)
+            self.eviction.forget()
 
     def held(self) -> Held:
         """What is held, for policies that score it."""

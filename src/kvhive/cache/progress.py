@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -13,13 +16,17 @@ class Progress:
     """The tokens that a cache's rows have seen, and the step that is under way.
 
     layers: how many compressed layers go through each step, in order. frozen: how many calls of
-    `freeze` wait for their thaw. recording: votes and evictions wait for `crop`.
+    `freeze` wait for their thaw. recording: votes and evictions wait for `crop`. reading: a second
+    pass comes after the step. repeats: int64 `[b, 2]` while it runs: where what it repeats begins
+    and ends, in tokens before its own.
     """
 
     def __init__(self, layers: int, limits: Limits) -> None:
         self.layers, self.limits = layers, limits
         self.frozen = 0
         self.recording = False
+        self.reading = False
+        self.repeats: Tensor | None = None
         self.opening = False  # recording, and no step was taken since it began
         self.reset()
 
@@ -51,7 +58,7 @@ class Progress:
                     "(HiveCache.for_model sets it); make a new cache, or call reset()"
                 )
             self._step, self._done = self._next(keys, mask, phase), 0
-            if phase is not None or not self.recording:
+            if phase is not None or not (self.recording or self.repeats is not None):
                 self.limits.follow(self._step, self.lengths(), keys.shape[1])
         if self._step is None or layer != self._done or keys.shape[2] != self._step.fresh:
             raise ValueError(
@@ -87,6 +94,8 @@ class Progress:
 
     def _phase(self, fresh: int) -> Phase:
         """Drafts are verified, but what comes first while recording is a prompt with its draft."""
+        if self.repeats is not None:
+            return "verify"
         opening, self.opening = self.opening, False
         if self.recording:
             return "prefill" if opening and fresh > 1 else "verify"
@@ -120,6 +129,25 @@ class Progress:
         self._tally = self._tally + brings
         last = int(self._tally.max()) - 1
         return Step(phase, fresh, position, last, brings, real, order)
+
+    @contextmanager
+    def reconstruction(self) -> Iterator[None]:
+        """While a step and its second pass are under way."""
+        self.reading = True
+        try:
+            yield
+        finally:
+            self.reading = False
+
+    def repeated(self, slots: int) -> Tensor:
+        """bool `[b, 1, slots]` on the CPU: which of a layer's slots the step of the second pass
+        repeats, its own tokens being the last.
+        """
+        assert self.repeats is not None
+        assert self._step is not None
+        slot = torch.arange(slots)
+        first, last = (slots - self._step.fresh - self.repeats)[:, :, None, None].unbind(1)
+        return (slot >= first) & (slot < last)
 
     # ---- rows -----------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ def crop(layers: Sequence[HiveLayer], remove: int) -> None:
     steps = list(zip(*(layer.pending for layer in layers), strict=True))
     left = recorded - remove
     if left <= 0 or (steps[0][0].drafted and all(layer.is_quiet for layer in layers)):
-        _truncate(layers, remove)
+        truncate(layers, remove)
     else:
         _conclude(layers, steps, recorded, left)
     for layer in layers:
@@ -42,7 +42,7 @@ def _conclude(
 ) -> None:
     """Take all `recorded` tokens back but a prompt's; let the first `left` of them come again."""
     prompt = 0 if steps[0][0].drafted else min(steps[0][0].step.fresh, left)
-    _truncate(layers, recorded - prompt)
+    truncate(layers, recorded - prompt)
     if prompt:
         _settle(layers, [pending.part(0, prompt) for pending in steps[0]])
     left -= prompt
@@ -69,7 +69,7 @@ def _check(layers: Sequence[HiveLayer], remove: int, recorded: int) -> None:
         )
 
 
-def _truncate(layers: Sequence[HiveLayer], tokens: int) -> None:
+def truncate(layers: Sequence[HiveLayer], tokens: int) -> None:
     """Forget the newest tokens of every layer."""
     first = layers[0]
     real = None

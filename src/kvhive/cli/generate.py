@@ -83,12 +83,12 @@ def generate(
 
     from kvhive.cache.footprint import Workload
     from kvhive.cache.hive_cache import HiveCache
-    from kvhive.inference.chat import chat_ids
     from kvhive.inference.conversation import Conversation
     from kvhive.inference.document import STDIN, Document
     from kvhive.inference.generation import check_length, decode, end_tokens, read
     from kvhive.inference.sampling import Sampling
     from kvhive.inference.text_pieces import pieces
+    from kvhive.model.chat import chat_ids
     from kvhive.plugins import load_plugins
 
     load_plugins(plugin or ())

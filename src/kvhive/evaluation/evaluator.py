@@ -29,8 +29,8 @@ from kvhive.evaluation.settings import NONE, Settings, Unit, modes_of
 from kvhive.evaluation.tasks import Conversation, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import CacheStats, Item, MeasureInput, RecipeResult
-from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import end_tokens
+from kvhive.model.chat import ChatFormat
 from kvhive.plugins import load_plugins, told_as_plugins
 
 Row = dict[str, Any]

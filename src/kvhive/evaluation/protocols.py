@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.evaluation.sequences import Continuation, Sequence, TokenScores, held
 from kvhive.evaluation.types import CacheStats, Item, Outcome, Probe, RecipeResult
-from kvhive.inference.chat import ChatFormat, Part
 from kvhive.inference.modes import Mode
+from kvhive.model.chat import ChatFormat, Part
 from kvhive.recipe import Recipe
 
 FULL = Recipe.parse("full")

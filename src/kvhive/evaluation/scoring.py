@@ -23,7 +23,7 @@ from kvhive.evaluation.sequences import (
 )
 from kvhive.inference.driver import Driver, chunks
 from kvhive.inference.generation import read
-from kvhive.inference.shared_prefill import SharedPrefill, reads_like_others
+from kvhive.inference.shared_prefill import reads_like_others
 from kvhive.recipe import Recipe
 
 MOST_BYTES = 2**30  # of copies of caches at work at one time
@@ -70,7 +70,7 @@ class ModelRunner:
         shared = [cache for cache in caches if reads_like_others(cache)]
         if shared:
             step = torch.tensor([ids], device=self.model.device)
-            together = self.driver.step(SharedPrefill(shared), step)[0, -1]
+            together = self.driver.prefill_together(shared, step)[0, -1]
         return [together if cache in shared else read(self.model, cache, ids) for cache in caches]
 
     # ---- going on -------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from kvhive.cache.layer import HiveLayer
 from kvhive.inference.driver import Driver
 from kvhive.inference.shared_prefill import Group, Together, can_join
 from kvhive.kernels import Ask, Needs, report
+from kvhive.model.forward import forward
 from kvhive.step import Step
 
 
@@ -49,7 +50,7 @@ def attended_by(driver: Driver, caches: Sequence[HiveCache], ids: Sequence[int])
     for copy in copies:
         copy.freeze()
     forced = _ForcedCaches(copies)
-    driver.step(forced, torch.tensor([ids]))
+    forward(driver.model, forced, torch.tensor([ids]))
     layers = forced.compared
     results = []
     for place in range(len(copies)):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvhive.inference.chat import Part
+from kvhive.model.chat import Part
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.report import Report
-from kvhive.inference.chat import ChatFormat
 from kvhive.inference.generation import check_length, decode, end_tokens, read
 from kvhive.inference.prompt import question_ids
 from kvhive.inference.sampling import Sampling
 from kvhive.inference.text_pieces import pieces
+from kvhive.model.chat import ChatFormat
 from kvhive.recipe import Recipe
 
 if TYPE_CHECKING:

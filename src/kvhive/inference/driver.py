@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from kvhive.cache import reading
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.inference.shared_prefill import SharedStep, can_join
+from kvhive.cache.reconstruction import reconstructed
+from kvhive.inference.shared_prefill import SharedPrefill, SharedStep, can_join
 from kvhive.model.forward import chunks, forward
 
 if TYPE_CHECKING:
@@ -28,14 +30,14 @@ class Driver:
 
     def step(
         self,
-        cache: Cache,
+        cache: HiveCache,
         ids: Tensor,
         keep: int = 1,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """As `kvhive.model.forward.forward`: logits `[rows, keep, vocabulary]`."""
-        return forward(self.model, cache, ids, keep, mask, positions)
+        """As `kvhive.cache.reading.step`: logits `[rows, keep, vocabulary]`."""
+        return reading.step(self.model, cache, ids, keep, mask, positions)
 
     def step_together(
         self, caches: Sequence[HiveCache], rows: Sequence[int], ids: Tensor, keep: int = 1
@@ -47,6 +49,20 @@ class Driver:
         if len(caches) == 1:
             return self.step(caches[0], ids, keep)
         if all(can_join(cache) for cache in caches):
-            return self.step(SharedStep(caches, rows), ids, keep)
+            return self._shared_step(caches, rows, ids, keep)
         parts = zip(caches, ids.split(list(rows)), strict=True)
         return torch.cat([self.step(cache, part, keep) for cache, part in parts])
+
+    def prefill_together(self, caches: Sequence[HiveCache], ids: Tensor) -> Tensor:
+        """Several empty caches read one prompt in one pass; see `SharedPrefill`."""
+        return forward(self.model, SharedPrefill(caches), ids)
+
+    def _shared_step(
+        self, caches: Sequence[HiveCache], rows: Sequence[int], ids: Tensor, keep: int
+    ) -> Tensor:
+        """One step for all, and then the second pass of each cache that asks for one."""
+        with ExitStack() as after:
+            for cache, part in zip(caches, ids.split(list(rows)), strict=True):
+                after.enter_context(reconstructed(self.model, cache, part))
+            logits = forward(self.model, SharedStep(caches, rows), ids, keep)
+        return logits

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kvhive.cache.hive_cache import HiveCache
+from kvhive.cache.reading import prefill
+from kvhive.cache.reconstruction import check_fits
 from kvhive.inference.sampling import GREEDY, Sampling
-from kvhive.model.forward import forward, prefill
+from kvhive.model.forward import forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +30,7 @@ def read(
 ) -> Tensor:
     """Feed the token ids through the cache; logits `[vocabulary]` of the token that comes next.
 
-    As `kvhive.model.forward.prefill`, for one row.
+    As `kvhive.cache.reading.prefill`, for one row.
     """
     return prefill(model, cache, torch.tensor([list(ids)], dtype=torch.int64), chunk, tick=tick)[0]
 
@@ -69,6 +71,7 @@ def check_length(cache: HiveCache, prompt: int, new: int, chunk: int | None) -> 
     """
     trained = cache.facts.trained_length
     if trained is None or _farthest(cache, prompt, new, chunk) <= trained:
+        check_fits(cache, _farthest(cache, prompt, 0, chunk), min(chunk or prompt, prompt))
         return
     what = f"{prompt:,} tokens to read and {new:,} to write"
     if cache.recipe.budget is None:

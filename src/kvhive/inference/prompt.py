@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from kvhive.inference.chat import ChatFormat
+from kvhive.model.chat import ChatFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,6 +13,7 @@ from kvhive.inference import generation
 from kvhive.inference.conversation import Conversation
 from kvhive.inference.document import Document
 from kvhive.inference.prompt import Prompt
+from kvhive.model.tokenizers import remember
 from kvhive.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def read(
     """
     source = _document(document)
     prompt = Prompt.build(tokenizer, source.text, [])
+    remember(model, tokenizer)
     cache = HiveCache.for_model(model, recipe, profile)
     generation.check_length(cache, len(prompt.prefix), 1, prefill_chunk)
     generation.read(model, cache, prompt.prefix, prefill_chunk)

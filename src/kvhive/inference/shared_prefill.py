@@ -31,8 +31,9 @@ def can_join(cache: HiveCache) -> bool:
 
 
 def reads_like_others(cache: HiveCache) -> bool:
-    """Whether the pass over a prompt is the same with this cache as with the full one."""
-    return can_join(cache) and isinstance(cache.recipe.store, Dense)
+    """Whether the pass over a prompt is the same with this cache as with the full one, and all."""
+    once = cache.recipe.policy.reconstruction is None
+    return once and can_join(cache) and isinstance(cache.recipe.store, Dense)
 
 
 class SharedPrefill(Cache):

@@ -1,8 +1,20 @@
-"""Attention that also reports: `attend`, and `report` for one more policy on the same step; see
-`contracts` for the terms and `reference` for what they mean.
+"""Attention that also reports: `attend`, and `report` for one more policy on the same step; `peaks`
+for the most that any query gives a slot. `contracts` has the terms, `reference` what they mean.
 """
 
 from kvhive.kernels.contracts import NOTHING, TOGETHER, Ask, Held, Needs, Observed, Rows
 from kvhive.kernels.dispatch import attend, report
+from kvhive.kernels.peaks import peaks
 
-__all__ = ["NOTHING", "TOGETHER", "Ask", "Held", "Needs", "Observed", "Rows", "attend", "report"]
+__all__ = [
+    "NOTHING",
+    "TOGETHER",
+    "Ask",
+    "Held",
+    "Needs",
+    "Observed",
+    "Rows",
+    "attend",
+    "peaks",
+    "report",
+]

@@ -49,6 +49,13 @@ def report(query: Tensor, keys: Tensor, lse: Tensor, ask: Ask) -> Observed:
     return _observed(query, keys, weights, ask)
 
 
+def peaks(query: Tensor, keys: Tensor, ask: Ask) -> Tensor:
+    """The largest probability that any query gives each slot, float32 `[b, K, n]`."""
+    weights = _logits(query, keys, ask).softmax(-1).nan_to_num(0.0)
+    most: Tensor = weights.unflatten(1, (keys.shape[1], -1)).amax((2, 3)).float()
+    return most
+
+
 def _wide(tensor: Tensor, heads: int) -> Tensor:
     return tensor.double().repeat_interleave(heads // tensor.shape[1], dim=1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -43,34 +43,6 @@ def forward(
     return logits
 
 
-def prefill(
-    model: PreTrainedModel,
-    kv_cache: Cache,
-    ids: Tensor,
-    chunk: int | None = None,
-    mask: Tensor | None = None,
-    tick: Callable[[float], None] | None = None,
-) -> Tensor:
-    """Feed int64 ids `[rows, tokens]`, `chunk` at a time; logits `[rows, vocabulary]` of the token
-    that comes next.
-
-    chunk: tokens to a step, after each of which the cache evicts; None: all in one step. mask:
-    int64 `[rows, seen + tokens]`, 0 for padding. tick: gets the share that has been read. Raises
-    `ValueError` for a chunk below 1, and for no ids.
-    """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"prefill chunk must be at least 1 token, got {chunk}")
-    tokens = ids.shape[1]
-    if not tokens:
-        raise ValueError("there is nothing to read: give at least 1 token id")
-    for start, stop in chunks(tokens, chunk):
-        padding = () if mask is None else _padding(mask, stop - tokens, stop - start)
-        logits = forward(model, kv_cache, ids[:, start:stop], 1, *padding)
-        if tick is not None:
-            tick(stop / tokens)
-    return logits[:, -1]
-
-
 def chunks(length: int, size: int | None = None, from_end: bool = False) -> list[tuple[int, int]]:
     """(start, stop) of the steps that feed `length` tokens, `size` at a time; None: all at once.
 
@@ -81,7 +53,7 @@ def chunks(length: int, size: int | None = None, from_end: bool = False) -> list
     return list(pairwise(sorted({0, *marks, length})))
 
 
-def _padding(mask: Tensor, left: int, fresh: int) -> tuple[Tensor, Tensor]:
+def padding(mask: Tensor, left: int, fresh: int) -> tuple[Tensor, Tensor]:
     """Mask and positions of a step that brings `fresh` tokens and ends `-left` before the last."""
     upto = mask[:, : mask.shape[1] + left]
     return upto, (upto.long().cumsum(1) - 1).clamp_min(0)[:, -fresh:]

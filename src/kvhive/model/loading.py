@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kvhive.files import expanded
 from kvhive.model.pretrained import Loaded, from_folder, from_gguf, from_hub
 from kvhive.model.smollm2 import smollm2_folder
+from kvhive.model.tokenizers import remember
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ def load(
     model, tokenizer = _found(str(name), options)
     # transformers wraps `to` in a way that hides its signature from type checkers.
     cast(Any, model).to(device)
+    remember(model, tokenizer)
     return model, tokenizer
 
 

@@ -3,7 +3,7 @@
 from kvhive.kernels import Held, Needs, Observed
 from kvhive.policies._parts.selection import keep_top, recent, sinks
 from kvhive.policies._parts.sizing import Sizing
-from kvhive.policies.base import POLICIES, Choice, Policy, Positions
+from kvhive.policies.base import POLICIES, Choice, Policy, Positions, Reconstruction
 from kvhive.registry import import_all
 from kvhive.slots import Column, Slots
 from kvhive.spec import knob
@@ -17,6 +17,7 @@ __all__ = [
     "Observed",
     "Policy",
     "Positions",
+    "Reconstruction",
     "Sizing",
     "Slots",
     "keep_top",

@@ -40,6 +40,17 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Reconstruction:
+    """A second pass over what a step brought: it is fed once more, behind the words that ask the
+    model to repeat it, and the policy observes what is read in doing so.
+
+    chunk: tokens that are repeated at a time.
+    """
+
+    chunk: int
+
+
+@dataclass(frozen=True)
 class Policy(Spec):
     """Base of all policies. Fields are hyper-parameters.
 
@@ -51,7 +62,8 @@ class Policy(Spec):
     time and extra memory), `granularity` (who must agree on what stays: nobody beyond the KV
     "head", the heads of a "layer", or all layers of the "model", for which `choose_all` decides and
     the budget bounds the mean over all heads), `merges` (whether what is dropped is folded into
-    what stays), `ties` (who wins among equal scores).
+    what stays), `ties` (who wins among equal scores), `allocation` (how the method spreads a budget
+    where the recipe does not say).
     """
 
     source: ClassVar[str] = ""
@@ -59,6 +71,7 @@ class Policy(Spec):
     positions: ClassVar[Positions] = "original"
     granularity: ClassVar[Literal["head", "layer", "model"]] = "head"
     ties: ClassVar[Literal["older", "newer"]] = "older"
+    allocation: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for a class that does not say what stays, and as `Spec` does."""
@@ -112,11 +125,34 @@ class Policy(Spec):
         added. It must not ask the device for a number when one token a row was decoded.
         """
 
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """The second pass that the method asks for; most ask for none."""
+        return None
+
+    def observe_reconstruction(self, slots: Slots, seen: Observed, repeated: Tensor) -> None:
+        """Fold what a chunk of the second pass has read into the slots' columns.
+
+        The last `seen.fresh` slots are those of the pass, which are taken back afterwards. seen:
+        its queries, and the keys of all slots. repeated: bool `[b, K, n]`, the slots of the tokens
+        that it repeats.
+        """
+
     def score(self, slots: Slots, held: Held) -> Tensor | None:
         """What a token is worth, float32 `[b, K, n]`, the higher the better; None: the method does
         not rank tokens. held: keys and values, for methods that `needs` says read them.
         """
         return None
+
+    @classmethod
+    def score_all(
+        cls, policies: Sequence[Policy], slots: Sequence[Slots], helds: Sequence[Held]
+    ) -> list[Tensor | None]:
+        """`score` of all layers, for heads that compete across the model; for methods by which a
+        score depends on tokens of other layers. policies: of each layer, as `for_layer` made them.
+        """
+        parts = zip(policies, slots, helds, strict=True)
+        return [policy.score(one, held) for policy, one, held in parts]
 
     def protected(self, slots: Slots, budget: Tensor) -> Tensor:
         """Tokens that stay whatever their score, bool `[b, K, n]`; budget as in `select`."""

@@ -10,8 +10,8 @@ from kvhive.evaluation.measures import Measure
 from kvhive.evaluation.protocols import ModelUnderTest, ask, converse
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import Item, RecipeResult
-from kvhive.inference.chat import Part
 from kvhive.inference.modes import Mode
+from kvhive.model.chat import Part
 from kvhive.registry import Registry
 from kvhive.spec import Spec, knob, parse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvhive.policies._parts.regions import Regions
@@ -33,6 +34,14 @@ def winners(cell: Tensor, member: Tensor, score: Tensor | None) -> Tensor:
     first = slot.new_full((*cell.shape[:-1], n + 1), n)
     first.scatter_reduce_(-1, cell, torch.where(member, slot, n), "amin")
     return member & (slot == first.gather(-1, cell))
+
+
+def neighbours(slots: Slots, size: int) -> Tensor:
+    """int64 `[b, K, n]`: the run of `size` positions each slot lies in, numbered from 0 as they are
+    held; empty slots are in runs of their own.
+    """
+    run = slots.position.div(size, rounding_mode="floor")
+    return F.pad((run[..., 1:] != run[..., :-1]).cumsum(-1), (1, 0))
 
 
 def ranks(alive: Tensor) -> Tensor:

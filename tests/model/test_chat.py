@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.evaluation.types import Item, Probe
-from kvhive.inference.chat import ChatFormat, chat_ids
 from kvhive.inference.prompt import Prompt
+from kvhive.model.chat import ChatFormat, chat_ids
 from tests.cli import tiny
 
 SPECIAL = "Words such as <|end|> are text."

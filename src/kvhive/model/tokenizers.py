@@ -1,0 +1,38 @@
+"""The tokenizer of a model: the one it was loaded or used with, else the one that lies with it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_KNOWN: weakref.WeakKeyDictionary[Any, PreTrainedTokenizerBase | None]
+_KNOWN = weakref.WeakKeyDictionary()
+
+
+def remember(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """This is the model's tokenizer, as long as the model lives."""
+    _KNOWN[model] = tokenizer
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was remembered; else what lies where the model was loaded from, without
+    asking a network; None: there is none.
+    """
+    if model not in _KNOWN:
+        _KNOWN[model] = _beside(model.name_or_path)
+    return _KNOWN[model]
+
+
+def _beside(place: str | None) -> PreTrainedTokenizerBase | None:
+    if not place:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except Exception:  # whatever is missing or damaged there: the model itself was made without it
+        return None
+    return found
