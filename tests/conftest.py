@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Without a GPU, Triton's programs run in its interpreter. Triton reads this when it is imported,
+# which transformers does by way of torch's compiler.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Types are checked while the tests run, and only then: before anything of ours is imported. What
 # imports a type for mypy alone, so that a command starts fast, is left out, and so are actors: Ray
-# gives their methods signatures of its own.
+# gives their methods signatures of its own. Triton reads the source of its programs.
 UNCHECKED = (
     "cli",
     "comparison",
     "html",
     "inference",
+    "kernels.triton_programs",
     "model.chat",
     "model.loading",
     "model.pretrained",
@@ -32,6 +38,8 @@ beartype_package(
         claw_skip_package_names=tuple(f"kvhive.{name}" for name in UNCHECKED),
     ),
 )
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 import kvhive.model.loading  # noqa: E402
 from kvhive.allocations import ALLOCATIONS  # noqa: E402
