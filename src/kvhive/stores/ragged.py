@@ -196,7 +196,7 @@ class RaggedStore(Store):
                 empty = ~valid[..., None]
                 one[:, :, self.length - empty.shape[2] :].masked_fill_(empty, 0)
         rows = self._layout.restored(torch.cat(wide))
-        return rows.view(self.batch, self.heads, self.length, -1)
+        return rows.view(self.batch, self.heads, self.length, rows.shape[3])
 
     def _padded(self, parts: list[Tensor]) -> Tensor:
         """`[rows of a block, ..., used]` of each block as `[rows, ..., length]`, zeros in front."""
