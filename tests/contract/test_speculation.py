@@ -20,7 +20,8 @@ def assert_same_state(one: Feeder, other: Feeder) -> None:
     assert torch.equal(one.layer.slots.position, other.layer.slots.position)
     assert torch.equal(one.layer.store.view()[0], other.layer.store.view()[0])
     for name in one.layer.policy.columns:
-        ours, theirs = one.layer.slots[name].double(), other.layer.slots[name].double()
+        valid = one.layer.slots.valid  # what lies in empty slots means nothing
+        ours, theirs = (each.layer.slots[name][valid].double() for each in (one, other))
         assert torch.allclose(ours, theirs, atol=1e-5), name
     for name, counter in one.layer.slots.counters.items():
         assert torch.equal(counter, other.layer.slots.counters[name]), name
