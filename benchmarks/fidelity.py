@@ -39,6 +39,7 @@ TEXTS = {
     "book": ("books/books.jsonl.gz", "text"),
     "news": ("multi_news/longbench_subset.jsonl.gz", "article"),
 }
+MODES = {"agnostic": 0, "aware": QUESTION}  # tokens of the continuation in the prompt
 BUZZ_VARIANTS = ("buzz(variant=no_max)", "buzz(positions=original)")
 
 
@@ -101,7 +102,9 @@ def measure(args: argparse.Namespace) -> None:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :length]
         if ids.shape[1] < length:
             raise SystemExit(f"text {name!r} has {ids.shape[1]} tokens, {length} are needed")
-        for mode, extra in (("agnostic", 0), ("aware", QUESTION)):
+        for mode, extra in MODES.items():
+            if mode not in args.mode:
+                continue
             missing = [recipe for recipe in todo if (name, mode, recipe) not in done]
             if not missing:
                 continue
@@ -193,6 +196,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--policy", action="append", help="policy with knobs; default: all")
     parser.add_argument("--budget", action="append", help="share; default: 0.1 0.25 0.4 0.6")
+    parser.add_argument("--mode", action="append", choices=MODES, help="default: both")
     parser.add_argument("--prefix", type=int, default=2048)
     parser.add_argument("--scored", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("fidelity"))
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.budget = args.budget or ["0.1", "0.25", "0.4", "0.6"]
+    args.mode = args.mode or [*MODES]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.part is not None:
         measure(args)
