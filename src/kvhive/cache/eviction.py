@@ -58,13 +58,19 @@ class Eviction:
         limits = self.limits.of(self.layer)
         if limits is None:
             return False
-        if self.together:
+        if self.policy.granularity == "model":
             return True
-        if self._spare is None or self._version != self.limits.version:
-            self._spare, self._version = self._count(slots, limits), self.limits.version
-        else:
+        if self._spare is not None and self._version == self.limits.version:
             self._spare -= fresh
-        return self._spare < 0
+        elif self.together:  # the last layer counts for all of them, in `excess_together`
+            return self.layer == len(self.limits.policies) - 1
+        else:
+            self.count_down(self._count(slots, limits))
+        return self._spare is not None and self._spare < 0
+
+    def count_down(self, spare: int) -> None:
+        """Begin to count the tokens that each head may still be given."""
+        self._spare, self._version = spare, self.limits.version
 
     def spares(self, slots: Slots) -> bool:
         """Whether all that is held is within limits that decoding does not move."""
@@ -129,7 +135,10 @@ def excess_together(
     if first.policy.granularity == "model":
         too_many = first.policy.excess(slots, limits, target)
     else:
-        too_many = _excess(evictions, slots, limits)
+        left = _left(evictions, slots, limits)
+        heads = slots[0].heads * sum(eviction.competing for eviction in evictions)
+        evictions[-1].count_down(int(left.min()) // heads)
+        too_many = (-left).clamp_min(0)
     return too_many if bool(too_many.any()) else None
 
 
@@ -171,11 +180,11 @@ def _limits_together(
     return torch.stack(limits), torch.stack(target)
 
 
-def _excess(evictions: Sequence[Eviction], slots: Sequence[Slots], limits: Tensor) -> Tensor:
-    """int64 `[b]` on the CPU: tokens that each row holds beyond the sum of its limits."""
+def _left(evictions: Sequence[Eviction], slots: Sequence[Slots], limits: Tensor) -> Tensor:
+    """int64 `[b]` on the CPU: tokens that each row may still be given, below 0: holds too many."""
     part = [place for place, eviction in enumerate(evictions) if eviction.competing]
     tally = torch.stack([slots[place].tally for place in part])
-    return (tally.sum((0, 2)) - limits[part].sum((0, 2))).clamp_min(0)
+    return limits[part].sum((0, 2)) - tally.sum((0, 2))
 
 
 def _plan_by_scores(
