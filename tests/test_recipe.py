@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvhive.allocations.ada import Ada
+from kvhive.allocations.pyramid import Pyramid
 from kvhive.allocations.uniform import Uniform
 from kvhive.budget import Budget
 from kvhive.policies import POLICIES
@@ -40,6 +42,11 @@ from kvhive.stores.dense import Dense
         ),
         ("buzz@64/uniform+dense", Recipe(Buzz(), Budget(tokens=64), Uniform(), Dense())),
         ("buzz@64+dense", Recipe(Buzz(), Budget(tokens=64))),
+        (
+            "h2o@64/ada(floor=0.5, counting=reference)",
+            Recipe(H2O(), Budget(tokens=64), Ada(0.5, counting="reference")),
+        ),
+        ("buzz_log@0.2/pyramid(beta=5)", Recipe(BuzzLog(), Budget(share=0.2), Pyramid(beta=5))),
         ("buzz(sink=2, window=5, threshold=20)", Recipe(Buzz(sink=2, window=5, threshold=20))),
     ],
 )
@@ -169,6 +176,16 @@ def test_there_and_back(
         ("  ", "expected a name"),
         ("@0.4", "expected a name at '@0.4'"),
         ("buzz@64/", "expected a name"),
+        ("streaming_llm@64/ada", "ada shares by the scores of tokens, and streaming_llm has none"),
+        ("buzz(variant=no_max)@64/global", r"global shares .*, and buzz\\(variant=no_max\\) has"),
+        ("corm@64/global", "and corm has none; use a policy that scores, such as h2o or snapkv"),
+        ("corm/pyramid", "corm has no budget here that pyramid could share out; leave /pyramid"),
+        ("full/ada", "full has no budget here that ada could share out"),
+        ("kv_compress@64/ada", "kv_compress shares its budget out among all heads itself"),
+        ("kv_compress@64/pyramid", "kv_compress .* itself; leave /pyramid out"),
+        ("h2o@64/ada(floor=1.5)", "ada: floor must be between 0 and 1, got 1.5"),
+        ("h2o@64/pyramid(beta=0)", "pyramid: beta must be at least 1, got 0"),
+        ("snapkv@20/pyramid", "snapkv: a budget of 20 is below 33"),
         ("5@64", "expected a name"),
     ],
 )

@@ -55,6 +55,8 @@ def test_every_policy_holds_what_was_predicted(model: PreTrainedModel, recipe: s
     most = most_held(cache, model, 2, steps)
     told = predicted(cache, model, Workload(batch=2, tokens=sum(steps), turn=1))
     assert most <= told
+    if recipe.endswith(("/ada", "/global")):
+        return  # taken at its most uneven
     if not recipe.startswith(LOOSE):
         assert told <= 1.01 * most
     elif not recipe.startswith(("kv_compress", "snapkv")):

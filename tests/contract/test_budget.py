@@ -10,7 +10,16 @@ from torch import Tensor
 
 from kvhive.budget import FLOOR
 from kvhive.recipe import Recipe
-from tests.contract.recipes import SELECTIVE, SHARES, SMALL, fullest, guarding, limit, with_slack
+from tests.contract.recipes import (
+    SELECTIVE,
+    SHARES,
+    SMALL,
+    emptiest,
+    fullest,
+    guarding,
+    limit,
+    with_slack,
+)
 from tests.support import Feeder
 
 PROMPT = 150
@@ -55,10 +64,9 @@ def test_never_more_than_the_budget(recipe: str | Recipe) -> None:
     for step, (_, decoded, read) in enumerate(live(feeder)):
         most = allowed(feeder.recipe, decoded, read)
         held = feeder.layer.slots.count
-        assert most is None or fullest(feeder.recipe, held[None]) <= most
-        alone = feeder.recipe.allocation.compete == "none"
-        least = float(held.min() if alone else held.double().mean())
-        assert least >= min(feeder.seen[0], most or feeder.seen[0]) // 4, "evicts too much"
+        assert most is None or fullest(recipe, held[None]) <= most
+        least = min(feeder.seen[0], most or feeder.seen[0]) // 4
+        assert emptiest(recipe, held[None]) >= least, "evicts too much"
         assert feeder.layer.get_seq_length() == feeder.seen[0]
         if step % 41 == 0:
             feeder.check()

@@ -90,7 +90,7 @@ def test_room_can_be_made_ahead(recipe: str) -> None:
     turn = most - policy.sizing.least
     feeder.layer.make_room(turn)
     kept = feeder.layer.slots.count[None]
-    assert fullest(feeder.recipe, kept) <= max(most - turn, policy.sizing.peak(policy.sizing.least))
+    assert fullest(recipe, kept) <= max(most - turn, policy.sizing.peak(policy.sizing.least))
     feeder.layer.make_room(10_000)
     feeder.step(40)
     feeder.step(1)

@@ -159,7 +159,7 @@ def test_beams_run_within_the_budget(model: PreTrainedModel, recipe: str, padded
     budget = cache.recipe.budget
     if budget is not None and cache.recipe.policy.sizing.decoding:
         policy = cache.recipe.policy
-        assert fullest(cache.recipe, report.kept) <= policy.sizing.peak(
+        assert fullest(recipe, report.kept) <= policy.sizing.peak(
             budget.resolve(80, policy.sizing.least)
         )
 

@@ -111,7 +111,7 @@ def test_prompt_lookup_keeps_to_the_budget(model: PreTrainedModel, recipe: str) 
         # Of the first draft, what was accepted counts as prompt.
         most = policy.sizing.peak(budget.resolve(100 + 4, policy.sizing.least))
         grown = 0 if policy.sizing.decoding else report.tokens_seen - 100
-        assert fullest(cache.recipe, report.kept) <= most + grown
+        assert fullest(recipe, report.kept) <= most + grown
     again = model.generate(out, past_key_values=cache, max_new_tokens=5, do_sample=False)
     assert again.shape[1] == 145
 
@@ -128,7 +128,7 @@ def test_nothing_is_evicted_while_recording(recipe: str) -> None:
     policy, budget = feeder.recipe.policy, feeder.recipe.budget
     assert budget is not None
     kept = feeder.layer.slots.count[None]
-    assert fullest(feeder.recipe, kept) <= policy.sizing.peak(budget.resolve(150, 1))
+    assert fullest(recipe, kept) <= policy.sizing.peak(budget.resolve(150, 1))
     feeder.step(1)
     feeder.check()
 

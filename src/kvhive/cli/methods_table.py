@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from kvhive.allocations import ALLOCATIONS
 from kvhive.cli.needs import needs_text
 from kvhive.policies import POLICIES, Policy
-from kvhive.registry import Registry
 from kvhive.spec import Spec
 from kvhive.stores import STORES
 
@@ -17,8 +15,9 @@ _HEAD = """\
 
 <!-- Written by `make docs` from the registries: change the docstrings, not this page. -->
 
-Every policy has a card with the exact rule, where paper and released code differ, and which we
-follow. `kvhive recipes NAME` tells what its knobs mean, [choosing.md](choosing.md) which to take.
+Every policy and allocation has a card with the exact rule, where paper and released code differ,
+and which we follow. `kvhive recipes NAME` tells what its knobs mean, [choosing.md](choosing.md)
+which to take.
 """
 
 
@@ -29,9 +28,9 @@ def methods_page() -> str:
         "## Policies: which tokens survive\n",
         _policies(),
         "## Allocations: how many, for each layer and KV head\n",
-        _parts("allocation", ALLOCATIONS),
+        _allocations(),
         "## Stores: how they are held\n",
-        _parts("store", STORES),
+        _stores(),
     ]
     return "\n".join(sections)
 
@@ -42,12 +41,9 @@ def _policies() -> str:
 
 
 def _policy(name: str, policy: type[Policy]) -> list[str]:
-    source = policy.source.split(",")[0].strip()
-    if source.startswith("arXiv:"):
-        source = f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})"
     return [
-        f"[`{name}`](methods/{name}.md)",
-        source,
+        _card(name),
+        _source(policy.source),
         _first_sentence(policy),
         _knobs(policy),
         needs_text(policy().needs),
@@ -56,10 +52,32 @@ def _policy(name: str, policy: type[Policy]) -> list[str]:
     ]
 
 
-def _parts(kind: str, registry: Registry[Any]) -> str:
-    members = sorted(registry.items())
-    rows = [[f"`{name}`", _first_sentence(member), _knobs(member)] for name, member in members]
-    return _table((kind, "does", "knobs (default)"), rows)
+def _allocations() -> str:
+    rows = [
+        [_card(name), _source(member.source) or "-", _first_sentence(member), _knobs(member)]
+        for name, member in sorted(ALLOCATIONS.items())
+    ]
+    return _table(("allocation", "source", "does", "knobs (default)"), rows)
+
+
+def _stores() -> str:
+    rows = [
+        [f"`{name}`", _first_sentence(member), _knobs(member)]
+        for name, member in sorted(STORES.items())
+    ]
+    return _table(("store", "does", "knobs (default)"), rows)
+
+
+def _card(name: str) -> str:
+    return f"[`{name}`](methods/{name}.md)"
+
+
+def _source(text: str) -> str:
+    """The first one, as a link where it is a number of arXiv."""
+    first = text.split(",")[0].strip()
+    if first.startswith("arXiv:"):
+        return f"[{first}](https://arxiv.org/abs/{first.removeprefix('arXiv:')})"
+    return first
 
 
 def _knobs(member: type[Spec]) -> str:
