@@ -112,8 +112,17 @@ class HiveCache(Cache):
 
         attention_mask: `[rows, tokens]`, 0 for padding on the left; in a later call
         `[rows, seen + tokens]`, as `model.generate` takes it. prefill_chunk: read so many tokens at
-        a time and evict after each step; None: all at once. Raises `ValueError` for ids or a mask
-        of another shape, for padding on the right, and when the model is no longer loaded.
+        a time and evict after each step; None: all at once. tokenizer: the model's, for the words of
+        a reconstruction pass; remembered. None: the one that the model was loaded or read with, or
+        that lies where it came from; else the pass goes without words.
+
+        Where the policy asks for a reconstruction pass, each step is followed by its own, and only
+        then evicted from: until then all of the step and a chunk of the pass are held. Nothing is
+        repeated of a single token and in a frozen cache.
+
+        Raises `ValueError` for ids or a mask of another shape, for padding on the right, when the
+        model is no longer loaded, and, before anything is read, for a pass that leads beyond the
+        length the model was trained on.
         """
         from kvhive.cache.reading import check_reading, prefill  # which know this class
 
