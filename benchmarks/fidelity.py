@@ -39,7 +39,7 @@ TEXTS = {
     "book": ("books/books.jsonl.gz", "text"),
     "news": ("multi_news/longbench_subset.jsonl.gz", "article"),
 }
-MODES = {"agnostic": 0, "aware": QUESTION}  # tokens of the continuation in the prompt
+MODES = ("agnostic", "aware")
 BUZZ_VARIANTS = ("buzz(variant=no_max)", "buzz(positions=original)")
 
 
@@ -87,7 +87,12 @@ def compare(full: Tensor, other: Tensor, target: Tensor) -> dict[str, float]:
 def recipes(args: argparse.Namespace) -> list[str]:
     """Every policy (and BUZZ's variants) at every budget; methods without one as they are."""
     names = args.policy or [*(n for n in POLICIES if n != "full"), *BUZZ_VARIANTS]
-    return [f"{name}@{budget}" for name in names for budget in args.budget]
+    parts = [name.partition("/") for name in names]
+    return [
+        f"{policy}@{budget}{slash}{allocation}"
+        for policy, slash, allocation in parts
+        for budget in args.budget
+    ]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -102,9 +107,8 @@ def measure(args: argparse.Namespace) -> None:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :length]
         if ids.shape[1] < length:
             raise SystemExit(f"text {name!r} has {ids.shape[1]} tokens, {length} are needed")
-        for mode, extra in MODES.items():
-            if mode not in args.mode:
-                continue
+        for mode in args.mode:
+            extra = QUESTION if mode == "aware" else 0
             missing = [recipe for recipe in todo if (name, mode, recipe) not in done]
             if not missing:
                 continue
@@ -128,8 +132,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str
     """(policy, budget, mode) -> means over the texts."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        policy, _, budget = row["recipe"].rpartition("@")
-        groups[policy, budget, row["mode"]].append(row)
+        policy, _, rest = row["recipe"].rpartition("@")
+        budget, slash, allocation = rest.partition("/")
+        groups[policy + slash + allocation, budget, row["mode"]].append(row)
     keys = ("kept", "bytes", "kl", "trimmed", "top1", "delta_nll")
     return {k: {key: fmean(r[key] for r in group) for key in keys} for k, group in groups.items()}
 
@@ -172,9 +177,11 @@ def plot(means: dict[tuple[str, str, str], dict[str, float]], file: Path) -> Non
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
     policies = sorted({policy for policy, _, _ in means})
     styles = [(c, m) for m in "osv" for c in plt.get_cmap("tab10").colors]
-    for axis, mode in zip(axes, ("agnostic", "aware"), strict=True):
+    for axis, mode in zip(axes, MODES, strict=True):
         for policy, (colour, marker) in zip(policies, styles, strict=False):
             means_here = [v for (p, _, m), v in means.items() if (p, m) == (policy, mode)]
+            if not means_here:
+                continue
             points = sorted((mean["bytes"], mean["kl"]) for mean in means_here)
             wide = 2.6 if policy.startswith("buzz") else 1.2
             axis.plot(
@@ -194,17 +201,19 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--text", type=Path, action="append", default=[])
-    parser.add_argument("--policy", action="append", help="policy with knobs; default: all")
-    parser.add_argument("--budget", action="append", help="share; default: 0.1 0.25 0.4 0.6")
+    parser.add_argument(
+        "--policy", action="append", help="policy with knobs, and /allocation; default: all"
+    )
     parser.add_argument("--mode", action="append", choices=MODES, help="default: both")
+    parser.add_argument("--budget", action="append", help="share; default: 0.1 0.25 0.4 0.6")
     parser.add_argument("--prefix", type=int, default=2048)
     parser.add_argument("--scored", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("fidelity"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.mode = args.mode or list(MODES)
     args.budget = args.budget or ["0.1", "0.25", "0.4", "0.6"]
-    args.mode = args.mode or [*MODES]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.part is not None:
         measure(args)

@@ -28,6 +28,7 @@ VARIANTS = {
     ),
     "cascading": ("cascading(levels=3, strides=[1, 3, 5], reduce=mean, eager_fill=false)",),
     "corm": ("corm(history=11, recent=7, threshold=cache)",),
+    "hive": ("hive(cell=4, pool=1)", "hive(reconstruct=false)"),
     "scissorhands": ("scissorhands(history=20, recent=7, drop=5, threshold=cache)",),
     "scissorhands_percentile": ("scissorhands_percentile(history=20, recent=7, start=30)",),
     "snapkv": ("snapkv(group_reduce=max, pooling=max)", "snapkv(decode=none)"),

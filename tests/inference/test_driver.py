@@ -12,7 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.inference.driver import Driver, chunks
 from kvhive.inference.generation import decode, read
-from tests.support import random_ids, tiny_llama
+from kvhive.model.forward import forward
+from tests.support import kept_sets, random_ids, tiny_llama
 
 RECIPES = ["full", "h2o@40", "streaming_llm@30"]
 
@@ -20,7 +21,7 @@ RECIPES = ["full", "h2o@40", "streaming_llm@30"]
 @pytest.mark.parametrize("keep", [1, 3, 20])
 def test_a_step_is_a_plain_call(keep: int):
     model, ids = tiny_llama(), random_ids(2, 20)
-    logits = Driver(model).step(DynamicCache(), ids, keep)
+    logits = forward(model, DynamicCache(), ids, keep)
     with torch.no_grad():
         whole = model(ids, past_key_values=DynamicCache(), logits_to_keep=keep).logits
     assert torch.equal(logits, whole)
@@ -33,8 +34,8 @@ def test_padding_reaches_the_model():
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], 1)
     mask = torch.tensor([[0] * 3 + [1] * 12])
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    alone = Driver(model).step(DynamicCache(), ids, 4)
-    assert torch.allclose(Driver(model).step(DynamicCache(), padded, 4, mask, positions), alone)
+    alone = forward(model, DynamicCache(), ids, 4)
+    assert torch.allclose(forward(model, DynamicCache(), padded, 4, mask, positions), alone)
 
 
 class AllLogits(PreTrainedModel):
@@ -52,7 +53,7 @@ class AllLogits(PreTrainedModel):
 
 
 def test_a_model_without_a_choice_of_logits():
-    logits = Driver(AllLogits()).step(DynamicCache(), torch.tensor([[5, 6, 7]]), 2)
+    logits = forward(AllLogits(), DynamicCache(), torch.tensor([[5, 6, 7]]), 2)
     assert logits[0, :, 0].tolist() == [6, 7]
 
 
@@ -68,6 +69,19 @@ def test_caches_step_together_as_alone():
     parts = zip(copies, step.split([1, 2, 1]), strict=True)
     alone = torch.cat([driver.step(cache, rows) for cache, rows in parts])
     assert torch.allclose(together, alone)
+
+
+def test_a_shared_step_is_followed_by_the_pass_of_each():
+    model, ids = tiny_llama(dtype=torch.float64), random_ids(1, 60)
+    driver, turn = Driver(model), random_ids(1, 20, seed=1)
+    caches = [HiveCache.for_model(model, recipe) for recipe in (*RECIPES, "hive(window=8)@40")]
+    for cache in caches:
+        read(model, cache, ids[0].tolist())
+    copies = [cache.fork() for cache in caches]
+    together = driver.step_together(caches, [1] * 4, turn.expand(4, -1))
+    alone = torch.cat([driver.step(cache, turn) for cache in copies])
+    assert torch.allclose(together, alone)
+    assert [kept_sets(cache) for cache in caches] == [kept_sets(cache) for cache in copies]
 
 
 @pytest.mark.parametrize(

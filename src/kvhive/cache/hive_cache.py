@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvhive.cache import speculation
@@ -26,7 +26,7 @@ from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
 from kvhive.model.facts import ModelFacts
 from kvhive.model.outline import Outline
-from kvhive.model.tokenizers import remember
+from kvhive.model.tokenizers import Tokenizer, remember
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 from kvhive.spec import whole
@@ -102,7 +102,7 @@ class HiveCache(Cache):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prefill_chunk: int | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Tensor:
         """Let the model read int64 ids `[rows, tokens]` into this cache; float logits
         `[rows, vocabulary]` of the token that comes next.
@@ -112,8 +112,17 @@ class HiveCache(Cache):
 
         attention_mask: `[rows, tokens]`, 0 for padding on the left; in a later call
         `[rows, seen + tokens]`, as `model.generate` takes it. prefill_chunk: read so many tokens at
-        a time and evict after each step; None: all at once. Raises `ValueError` for ids or a mask
-        of another shape, for padding on the right, and when the model is no longer loaded.
+        a time and evict after each step; None: all at once. tokenizer: the model's, for the words
+        of a reconstruction pass; remembered. None: the one that the model was loaded or read with,
+        or that lies where it came from; else the pass goes without words.
+
+        Where the policy asks for a reconstruction pass, each step is followed by its own, and only
+        then evicted from: until then all of the step and a chunk of the pass are held. Nothing is
+        repeated of a single token and in a frozen cache.
+
+        Raises `ValueError` for ids or a mask of another shape, for padding on the right, when the
+        model is no longer loaded, and, before anything is read, for a pass that leads beyond the
+        length the model was trained on.
         """
         from kvhive.cache.reading import check_reading, prefill  # which know this class
 

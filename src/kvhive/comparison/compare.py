@@ -15,6 +15,7 @@ from kvhive.comparison.results import Results
 from kvhive.comparison.run import REFERENCE, Comparison, Generated, Progress
 from kvhive.inference.modes import QuestionMode
 from kvhive.inference.prompt import Prompt
+from kvhive.model.tokenizers import remember
 from kvhive.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def compare(
     texts that are none.
     """
     _check_texts(document, questions)
+    remember(model, tokenizer)
     prompt = Prompt.build(tokenizer, document, list(questions), turns)
     wanted = list(dict.fromkeys(Recipe.parse(recipe) for recipe in recipes))
     comparison = Comparison(

@@ -33,6 +33,7 @@ from kvhive.engines.tally import Tally
 from kvhive.evaluation.scoring import MOST_BYTES
 from kvhive.inference.driver import Driver
 from kvhive.model.loading import load
+from kvhive.model.tokenizers import remember
 from kvhive.recipe import Recipe
 from kvhive.spec import split
 
@@ -91,6 +92,7 @@ class KvhiveLM(HFLM):  # type: ignore[misc]
             raise TypeError("kvhive: a model that was loaded already needs its tokenizer, too")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        remember(pretrained, tokenizer)
         self.positions = HiveCache.for_model(pretrained, self.recipe).positions  # or says why not
         with _without_advice():
             super().__init__(pretrained, tokenizer=tokenizer, batch_size=size, **more)

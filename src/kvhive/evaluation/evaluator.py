@@ -31,6 +31,7 @@ from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import CacheStats, Item, MeasureInput, RecipeResult
 from kvhive.inference.generation import end_tokens
 from kvhive.model.chat import ChatFormat
+from kvhive.model.tokenizers import remember
 from kvhive.plugins import load_plugins, told_as_plugins
 
 Row = dict[str, Any]
@@ -63,6 +64,7 @@ class Evaluator:
         self.tasks = {str(task): task for task in settings.parsed_tasks()}
         self._check_data()
         self.model, tokenizer = loaded or _load(settings)
+        remember(self.model, tokenizer)
         self.recipes = settings.parsed_recipes()
         for recipe in self.recipes:
             HiveCache.for_model(self.model, recipe)  # says now what cannot work with this model

@@ -12,6 +12,7 @@ from kvhive.inference.prompt import question_ids
 from kvhive.inference.sampling import Sampling
 from kvhive.inference.text_pieces import pieces
 from kvhive.model.chat import ChatFormat
+from kvhive.model.tokenizers import remember
 from kvhive.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Conversation:
         lead: tuple[int, ...] = (),
         prefill_chunk: int | None = None,
     ) -> None:
+        remember(model, tokenizer)
         self.cache = cache
         self._model, self._tokenizer, self._chunk = model, tokenizer, prefill_chunk
         self._chat, self._ends = ChatFormat.of(tokenizer), end_tokens(model, tokenizer)
