@@ -114,8 +114,10 @@ class Slots:
     @property
     def count(self) -> Tensor:
         """int64 `[b, K]`: tokens held."""
-        if self.holes:
+        if self.gaps:
             return self.valid.sum(-1)
+        if self.holes:
+            return self.tally.to(self.device)
         size = (self.batch, self.heads)
         return torch.full(size, self.length, dtype=torch.int64, device=self.device)
 
@@ -140,7 +142,7 @@ class Slots:
 
     def recount(self) -> None:
         """Ask the device, so that `tally` is exact."""
-        self._tally, self._grown = self.count.cpu(), 0
+        self._tally, self._grown = self.valid.sum(-1).cpu(), 0
 
     def __getitem__(self, column: str) -> Tensor:
         """The column's slots in use, a view `[b, K, n, *shape]` that may be written in place."""
@@ -196,6 +198,13 @@ class Slots:
         self._room, self.holes, self.gaps = room, plan.holes, False
         self._tally, self._grown = plan.tally, 0
         self._empty = self.length * plan.tally.numel() - int(plan.tally.sum()) if plan.holes else 0
+
+    def resize(self, room: int) -> None:
+        """Hold the same in room for `room` slots, no fewer than there are."""
+        self._write_positions()
+        self._room = room
+        self._position = widen(self._position, self.length, room)
+        self._columns = {k: widen(v, self.length, room) for k, v in self._columns.items()}
 
     def pack(self, worth: int) -> None:
         """Hold no empty slots until somebody looks, if they take much beside `worth` bytes.

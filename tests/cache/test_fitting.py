@@ -18,7 +18,8 @@ from kvhive.policies import POLICIES
 from kvhive.recipe import Recipe
 from tests.support import random_ids, tiny
 
-BUDGETED = [name for name, policy in POLICIES.items() if policy().sizing.budgeted]
+SIZINGS = {name: policy().sizing for name, policy in POLICIES.items()}
+BUDGETED = [name for name, sizing in SIZINGS.items() if sizing.budgeted and sizing.decoding]
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,11 @@ from tests.support import tiny
 
 BUDGET = 130
 GIVEN = [recipe for recipe in with_budget(BUDGET) if "@" in recipe]
-# Heads of different length in one tensor; keys held twice; a policy that does not evict while
+# Headroom and padding of heads that compete; keys held twice; a policy that does not evict while
 # decoding; statistics of a prompt that decoding forgets: here the prediction is a bound.
 LOOSE = (
     *("kv_compress", "buzz", "cascading", "snapkv(decode=none)", "expected_attention"),
+    *("hive", "kvzip"),
     "scissorhands@",  # drops half at once, and takes the room for its budget again bit by bit
 )
 
@@ -55,11 +56,9 @@ def test_every_policy_holds_what_was_predicted(model: PreTrainedModel, recipe: s
     most = most_held(cache, model, 2, steps)
     told = predicted(cache, model, Workload(batch=2, tokens=sum(steps), turn=1))
     assert most <= told
-    if recipe.endswith(("/ada", "/global")):
-        return  # taken at its most uneven
-    if not recipe.startswith(LOOSE):
+    if not (recipe.startswith(LOOSE) or "/" in recipe):
         assert told <= 1.01 * most
-    elif not recipe.startswith(("kv_compress", "snapkv")):
+    elif not recipe.startswith(("kv_compress", "snapkv(decode=none)", "kvzip")):
         assert told <= 1.6 * most
 
 

@@ -45,6 +45,11 @@ class Eviction:
         return budgeted and self.limits.allocation.compete != "none"
 
     @property
+    def sharing(self) -> bool:
+        """Whether heads share what they may hold, so that one of them has no limit of its own."""
+        return self.together or self.competing
+
+    @property
     def decoding(self) -> bool:
         """Whether decoding evicts at all."""
         return self.policy.sizing.decoding
@@ -89,15 +94,14 @@ class Eviction:
     def bound(self, growing: int) -> int | None:
         """The most slots a head needs room for, `growing` at a time; None: nobody knows."""
         limits = self.limits.of(self.layer)
-        unknown = self.together or self.competing
-        if limits is None or unknown or self.limits.budget is None or not self.decoding:
+        if limits is None or self.sharing or self.limits.budget is None or not self.decoding:
             return None
         return int(limits.max()) + growing
 
     def plan(self, slots: Slots, held: Held, decoding: bool, spare: int = 0) -> Plan | None:
         """What stays, with room for `spare` more tokens; None when nothing has to go."""
         self.forget()
-        if slots.holes:
+        if slots.gaps:
             slots.recount()
         if self.limits.all is None:
             return None
@@ -151,7 +155,7 @@ def plan_together(
 ) -> list[Plan | None]:
     """Plans for all layers of a cache that are evicted from together, in order."""
     for one in slots:
-        if one.holes:
+        if one.gaps:
             one.recount()
     too_many = excess_together(evictions, slots, decoding, spare)
     if too_many is None:

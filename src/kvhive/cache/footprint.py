@@ -137,16 +137,16 @@ class _Layer:
     def uneven(self) -> bool:
         """Whether heads may come to hold different numbers of tokens."""
         limits = self.eviction.limits.of(self.eviction.layer)
-        competing = self.eviction.together or self.eviction.limits.allocation.compete != "none"
-        return competing or (limits is not None and int(limits.min()) < int(limits.max()))
+        differ = limits is not None and int(limits.min()) < int(limits.max())
+        return self.eviction.sharing or differ
 
     def room(self, work: Workload) -> int:
         """The most slots there is room for between two steps, on average over heads and, where all
         layers compete, over them.
         """
         limit = self.limit
-        if self.eviction.together and limit is not None:
-            limit += room.headroom(limit)
+        if self.eviction.sharing and limit is not None:
+            limit += room.uneven_headroom(limit)
         slots = room.most(limit, work.tokens, work.growing)
         if slots is None:
             raise _unknown(f"{self.eviction.policy.name} keeps as many as it likes")

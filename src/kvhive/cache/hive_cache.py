@@ -245,7 +245,7 @@ class HiveCache(Cache):
         """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, -1 for empty
         slots.
         """
-        return [layer.slots.position.cpu() for layer in self.hive_layers()]
+        return [layer.positions for layer in self.hive_layers()]
 
     def _stock_layers(self) -> list[Any]:
         return [layer for i, layer in enumerate(self.layers) if i not in self.compressed]

@@ -314,10 +314,16 @@ class HiveLayer(CacheLayerMixin):
     def shrink(self, room: int) -> None:
         """Give back room beyond `room` slots, made for tokens that were taken back."""
         if self.store.room > max(room, self.slots.length):
-            plan = Plan.keeping(self.slots.valid)
-            self.store = self.store.compact(plan, room)
-            self.slots.compact(plan, room)
-            self.eviction.forget()
+            room = max(room, self.slots.length)
+            self.store.resize(room)
+            self.slots.resize(room)
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 `[b, K, n]` on the CPU: of the tokens held, -1 for empty slots."""
+        position = self.slots.position.cpu()
+        self.slots.pack(self.store.nbytes)
+        return position
 
     def held(self) -> Held:
         """What is held, for policies that score it."""
@@ -339,6 +345,8 @@ class HiveLayer(CacheLayerMixin):
             return
         valid = self.slots.valid
         self.slots.gaps = bool((valid[:, :, :-1] & ~valid[:, :, 1:]).any())
+        if not self.slots.gaps:
+            self.slots.recount()
         if self.slots.gaps or self.store.knows_empty:
             plan = Plan.keeping(valid)
             self.store = self.store.compact(plan, self.store.room)

@@ -21,7 +21,7 @@ def for_step(store: Store, step: Step, eviction: Eviction, frozen: bool) -> int:
     if not store.length:
         return needed
     held = store.mean + step.fresh
-    uneven = eviction.together or held < needed
+    uneven = eviction.sharing or held < needed
     ahead = uneven_headroom(held) if uneven else headroom(held)
     if step.phase == "prefill":
         ahead = max(step.fresh, held // 8)
@@ -45,7 +45,8 @@ def most(limit: int | None, tokens: int | None, growing: int) -> int | None:
 def after_eviction(plan: Plan, growing: int, eviction: Eviction) -> int:
     """Slots to leave room for. growing: tokens that the last step brought to what was held."""
     kept = plan.longest
-    ahead = uneven_headroom(plan.mean) if plan.uneven else headroom(kept)
+    uneven = eviction.sharing or plan.uneven
+    ahead = uneven_headroom(plan.mean) if uneven else headroom(kept)
     bound = eviction.bound(min(growing, HEADROOM))
     return kept + ahead if bound is None else max(kept, min(kept + ahead, bound))
 

@@ -67,6 +67,10 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def resize(self, room: int) -> None:
+        """Hold the same in room for `room` slots, no fewer than there are."""
+
+    @abstractmethod
     def take_keys(self, slots: Tensor) -> Tensor:
         """Keys `[N, d]` of the slots marked in bool `[b, K, length]`, row by row, head by head."""
 

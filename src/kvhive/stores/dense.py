@@ -83,6 +83,11 @@ class DenseStore(Store):
         self.length = plan.longest
         return self
 
+    def resize(self, room: int) -> None:
+        """Hold the same in room for `room` slots, no fewer than there are."""
+        self._keys = widen(self._keys, self.length, room)
+        self._values = widen(self._values, self.length, room)
+
     def take_keys(self, slots: Tensor) -> Tensor:
         """Keys `[N, d]` of the slots marked."""
         return self.keys[slots]

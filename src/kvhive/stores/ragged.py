@@ -106,6 +106,10 @@ class RaggedStore(Store):
         self._lay_out(index + self._layout.shift[:, None], plan.tally, room - plan.longest)
         return self
 
+    def resize(self, room: int) -> None:
+        """Hold the same in room for `room` slots, no fewer than there are."""
+        self._lay_out(self._places(), self._counts(), room - self.length)
+
     def take_keys(self, slots: Tensor) -> Tensor:
         """Keys `[N, d]` of the slots marked."""
         return self._keys.index_select(0, self._marked(slots))
