@@ -152,7 +152,7 @@ def test_a_recipe_may_be_text_or_object(model: PreTrainedModel) -> None:
         cache = HiveCache.for_model(model, given)
         assert cache.recipe == recipe
         assert cache.positions == "original"
-    assert HiveCache.for_model(model, "buzz@30").positions == "cache"
+    assert HiveCache.for_model(model, "buzz(preset=paper)@30").positions == "cache"
     assert HiveCache.for_model(model, "h2o(positions=cache)@30").positions == "cache"
     with pytest.raises(ValueError, match="unknown policy 'bizz'"):
         HiveCache.for_model(model, "bizz@30")

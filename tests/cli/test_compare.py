@@ -150,12 +150,12 @@ def test_a_model_without_a_chat_template_is_asked_plainly_and_says_so(run, docum
 def test_a_document_beyond_the_trained_length_runs_in_chunks_without_a_reference(run, tmp_path):
     document, path = tmp_path / "long.txt", tmp_path / "page.html"
     document.write_text(text(TRAINED_LENGTH // 4), encoding="utf-8")
-    result = run("compare", document, "-r", "buzz@200", *SHORT)
+    result = run("compare", document, "-r", "buzz(preset=paper)@200", *SHORT)
     assert result.exit_code == 2
     assert f"{TRAINED_LENGTH:,} positions" in result.stderr
     assert "--prefill-chunk" in result.stderr
     options = ["--prefill-chunk", "64", "--html", path]
-    result = run("compare", document, "-r", "buzz@200", *SHORT, *options)
+    result = run("compare", document, "-r", "buzz(preset=paper)@200", *SHORT, *options)
     assert result.exit_code == 0, result.stderr
     assert "no full cache to compare with" in " ".join(result.stderr.split())
     Page(path.read_text(encoding="utf-8"))

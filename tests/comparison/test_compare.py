@@ -149,16 +149,22 @@ def test_progress_ends_at_one_for_every_recipe(network, coder):
 def test_beyond_the_trained_length_only_recipes_that_count_positions_in_the_cache(network, coder):
     long = text(TRAINED_LENGTH // 4)
     result = compare(
-        network, coder, long, QUESTIONS, ["buzz@200"], max_new_tokens=3, prefill_chunk=64
+        network,
+        coder,
+        long,
+        QUESTIONS,
+        ["buzz(preset=paper)@200"],
+        max_new_tokens=3,
+        prefill_chunk=64,
     )
-    assert [one.recipe for one in result] == ["buzz@200"]
+    assert [one.recipe for one in result] == ["buzz(preset=paper)@200"]
     assert result[0].fidelity is None
     assert result[0].report.tokens_seen > TRAINED_LENGTH
     assert int(result[0].report.kept.max()) <= 200
     for recipe, chunk, way in (
         ("full", 64, "leave that recipe out"),
         ("h2o@200", 64, r"h2o\(positions=cache\)"),
-        ("buzz@200", None, "in chunks"),
+        ("buzz(preset=paper)@200", None, "in chunks"),
         ("buzz@0.99", 64, "smaller budget"),
     ):
         with pytest.raises(ValueError, match=f"{TRAINED_LENGTH:,} positions.*{way}"):

@@ -63,6 +63,7 @@ def test_decisions_are_the_oracles(
     """Tokens and sample sizes after every step, for every variant and prefill."""
     received = small_numbers(seed, len(chunks), 2, sum(chunks))
     policy = Buzz(
+        preset="paper",
         variant=variant,
         drain=drain,
         prefill="streamed" if streamed else "step",
@@ -82,7 +83,7 @@ def test_decisions_are_the_oracles(
 
 def test_the_worked_example() -> None:
     """Sinks 0 1, blocks of three, every second old entry: positions token by token."""
-    rig = Rig(Buzz(variant="no_max", **PLAIN), 11, small_numbers(0, 33, 1, 33))
+    rig = Rig(Buzz(preset="paper", variant="no_max", **PLAIN), 11, small_numbers(0, 33, 1, 33))
     expected = {
         10: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
         11: [0, 1, 2, 5, 8, 9, 10, 11],
@@ -105,7 +106,7 @@ def test_the_worked_example_with_scores() -> None:
     received = torch.zeros(12, 1, 12)
     received[11, 0, 2:9] = torch.tensor([0.9, 0.2, 0.1, 0.3, 0.8, 0.4, 0.5])
     for variant in ("accum", "fast"):
-        rig = fed(Rig(Buzz(variant=variant, **PLAIN), 11, received), [1] * 12)
+        rig = fed(Rig(Buzz(preset="paper", variant=variant, **PLAIN), 11, received), [1] * 12)
         assert rig.positions == [[0, 1, 2, 6, 8, 9, 10, 11]]
 
 
@@ -115,7 +116,7 @@ def test_every_block_keeps_its_maximum(sizes: dict[str, Any], blocks: int, seed:
     """One token of each block of the first prompt, none of whose block mates has a higher score."""
     length = budget_of(sizes) + blocks * sizes["stride"]
     received = small_numbers(seed, 1, 2, length)
-    rig = fed(Rig(Buzz(drain=False, **sizes), budget_of(sizes), received), [length])
+    rig = fed(Rig(Buzz(preset="paper", drain=False, **sizes), budget_of(sizes), received), [length])
     fresh = list(range(sizes["sink"], length - sizes["window"]))
     for head, held in enumerate(rig.positions):
         score = received[0, head]
@@ -133,7 +134,9 @@ def test_scores_of_the_old_sample_are_never_read(
     """A token is judged once: whatever its score becomes afterwards changes nothing."""
     first = budget_of(sizes) + 9
     received = small_numbers(seed, 1 + more, 2, first + more)
-    calm, shaken = (Rig(Buzz(**sizes), budget_of(sizes), received) for _ in range(2))
+    calm, shaken = (
+        Rig(Buzz(preset="paper", **sizes), budget_of(sizes), received) for _ in range(2)
+    )
     for fresh in [first] + [1] * more:
         calm.step(fresh)
         shaken.step(fresh)
@@ -152,7 +155,11 @@ def test_sizes_follow_the_law(sizes: dict[str, Any], chunks: list[int], seed: in
     """By recurrence alone: when events fire, what they leave; sinks and window always kept."""
     sink, window, threshold, stride = (sizes[name] for name in SIZES)
     old_stride, sample, held = (stride + 1) // 2, 0, 0
-    rig = Rig(Buzz(**sizes), budget_of(sizes), small_numbers(seed, len(chunks), 3, sum(chunks)))
+    rig = Rig(
+        Buzz(preset="paper", **sizes),
+        budget_of(sizes),
+        small_numbers(seed, len(chunks), 3, sum(chunks)),
+    )
     for fresh in chunks:
         rig.step(fresh)
         held += fresh
@@ -175,7 +182,10 @@ def test_sizes_follow_the_law(sizes: dict[str, Any], chunks: list[int], seed: in
 )
 def test_decoding_settles_at_the_fixed_point(stride: int, sample: int, between: int) -> None:
     """Sinks 4, window 160, threshold 400: sample, tokens between events, and the mean held."""
-    rig = Rig(Buzz(variant="no_max", sink=4, window=160, threshold=400, stride=stride), 564)
+    rig = Rig(
+        Buzz(preset="paper", variant="no_max", sink=4, window=160, threshold=400, stride=stride),
+        564,
+    )
     for _ in range(25):
         rig.step(565 - rig.slots.length)  # up to the token that is one too many
     smallest = rig.slots.length
@@ -193,7 +203,9 @@ def test_an_entry_survives_as_often_as_the_old_stride_divides_its_place(
     stride: int, events: int, threshold: int
 ) -> None:
     """Entry 0 is permanent; entry i lives through v events when old_stride^v is the most in i."""
-    policy = Buzz(variant="no_max", sink=1, window=2, threshold=threshold, stride=stride)
+    policy = Buzz(
+        preset="paper", variant="no_max", sink=1, window=2, threshold=threshold, stride=stride
+    )
     old_stride, budget = policy.old_stride, 3 + threshold
     rig = fed(Rig(policy, budget), [budget + 1])
     first = rig.positions[0][1 : 1 + int(rig.slots.counters["sample"])]
@@ -211,8 +223,8 @@ def test_an_entry_survives_as_often_as_the_old_stride_divides_its_place(
 def test_streamed_prefill_is_decoding(sizes: dict[str, Any], chunks: list[int]) -> None:
     """Without a judge, every chunking gives what single tokens give."""
     budget = budget_of(sizes)
-    single = Rig(Buzz(variant="no_max", **sizes), budget)
-    rig = Rig(Buzz(variant="no_max", prefill="streamed", **sizes), budget)
+    single = Rig(Buzz(preset="paper", variant="no_max", **sizes), budget)
+    rig = Rig(Buzz(preset="paper", variant="no_max", prefill="streamed", **sizes), budget)
     for fresh in chunks:
         fed(single, [1] * fresh)
         rig.step(fresh)
@@ -227,14 +239,14 @@ def test_the_drain_does_at_once_what_the_reference_does_later(
 ) -> None:
     """What takes us d passes at once takes it d tokens: its sample then begins with ours."""
     received, budget = small_numbers(seed, 30, 2, prompt + 30), budget_of(sizes)
-    drained = fed(Rig(Buzz(**sizes), budget, received), [prompt])
-    late = fed(Rig(Buzz(drain=False, **sizes), budget, received), [prompt])
+    drained = fed(Rig(Buzz(preset="paper", **sizes), budget, received), [prompt])
+    late = fed(Rig(Buzz(preset="paper", drain=False, **sizes), budget, received), [prompt])
     assert drained.slots.length <= budget
     if late.slots.length <= budget:
         assert late.positions == drained.positions
     too_many = int(late.slots.counters["sample"][0, 0])
     while too_many > sizes["threshold"]:
-        too_many = -(-too_many // Buzz(**sizes).old_stride)
+        too_many = -(-too_many // Buzz(preset="paper", **sizes).old_stride)
         late.step(1)
     begin, size = sizes["sink"], int(drained.slots.counters["sample"][0, 0])
     assert size == too_many
@@ -245,8 +257,8 @@ def test_the_drain_does_at_once_what_the_reference_does_later(
 def test_a_fitted_stride_fills_the_threshold_once() -> None:
     """A prompt just over the budget keeps more; later events use the stride as it is."""
     sizes = {"sink": 4, "window": 160, "threshold": 400, "stride": 5}
-    plain = fed(Rig(Buzz(variant="no_max", **sizes), 564), [600])
-    fitted = Rig(Buzz(variant="no_max", prefill_stride="fit", **sizes), 564)
+    plain = fed(Rig(Buzz(preset="paper", variant="no_max", **sizes), 564), [600])
+    fitted = Rig(Buzz(preset="paper", variant="no_max", prefill_stride="fit", **sizes), 564)
     assert plain.slots.length == 252
     assert fed(fitted, [600]).slots.length == 4 + 160 + 218
     fed(fitted, [1] * (565 - fitted.slots.length))

@@ -26,7 +26,7 @@ def test_a_budget_is_split_in_the_references_proportions(
 ) -> None:
     """Sinks, window 2/7 of the rest, threshold 5/7: seen in the size after one event."""
     sink, window, threshold = regions
-    rig = fed(Rig(Buzz(variant="no_max"), budget), [budget + 1])
+    rig = fed(Rig(Buzz(variant="no_max", preset="paper"), budget), [budget + 1])
     stride = 5
     kept = list(range(sink)) + list(range(sink, sink + threshold + 1, stride))
     assert rig.positions == [kept + list(range(budget + 1 - window, budget + 1))]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvhive.kernels import Ask, Needs, Observed, reference
+from kvhive.kernels import Ask, Needs, Observed, dispatch, reference, triton_ragged
 from kvhive.memory import SMALLEST
 from kvhive.plan import Plan
 from kvhive.step import Step
@@ -96,6 +96,22 @@ def test_attention_is_that_of_the_padded_heads(
     assert torch.allclose(out.double(), expected.double(), atol=1e-5)
     same(seen, reported, valid)
     same(store.report(query, unknown), reported, valid)
+
+
+@pytest.mark.skipif(not triton_ragged.available(), reason="Triton is not installed")
+@pytest.mark.parametrize("needs", EVERYTHING)
+@pytest.mark.parametrize("q", [1, 3])
+def test_one_launch_serves_all_rows(needs: Needs, q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, in Triton's interpreter, against the blocks."""
+    store, valid = ragged([[21, 3, 0], [1, 9, 40]])
+    store.append(*tokens(2, 3, q), store.length + q)
+    valid = torch.cat([valid, torch.ones(2, 3, q, dtype=torch.bool)], 2)
+    query, ask = torch.randn(2, 6, q, WIDTH), Ask(Step.plain(90, q), 0.3, needs)
+    expected, reported = store.attend(query, ask)
+    monkeypatch.setattr(dispatch, "LAUNCHED", ("cpu",))
+    out, seen = store.attend(query, ask)
+    assert torch.allclose(out, expected, atol=1e-5)
+    same(seen, reported, valid)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

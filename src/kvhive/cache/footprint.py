@@ -176,7 +176,7 @@ class _Layer:
 
 
 def _counts_in_cache(recipe: Recipe, outline: Outline) -> bool:
-    rule = recipe.positions or recipe.policy.positions
+    rule = recipe.positions or recipe.policy.position_rule
     return rule == "cache" and bool(outline.turned)
 
 

@@ -47,7 +47,7 @@ class HiveCache(Cache):
         self.recipe = recipe
         self.facts = facts
         self._warned = False  # of a prompt that came without its second pass
-        self.positions = facts.positions_for(recipe.policy.positions, recipe.positions)
+        self.positions = facts.positions_for(recipe.policy.position_rule, recipe.positions)
         self.compressed = facts.full_layers
         written = [(facts.rotations or {}).get(index) for index in self.compressed]
         in_cache = self.positions == "cache"

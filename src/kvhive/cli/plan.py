@@ -179,7 +179,7 @@ def _notes(rows: list[Planned], outline: Outline, work: Workload, memory: int | 
     notes = [
         "Sizes are bounds. What the model works with while it reads (activations) is not in them."
     ]
-    if any((row.recipe.positions or row.recipe.policy.positions) == "cache" for row in rows):
+    if any((row.recipe.positions or row.recipe.policy.position_rule) == "cache" for row in rows):
         notes.append(
             "Recipes that count positions in the cache hold some keys twice; here that is counted "
             "for every key it may happen to, and is often less."

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvhive.kernels import chunked, fused
+from kvhive.kernels import chunked, fused, triton_ragged
 from kvhive.kernels.contracts import Ask, Observed, Rows
+from kvhive.kernels.ragged import Extents, Seen
+
+LAUNCHED = ("cuda",)  # devices on which ragged rows are served in one launch
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
@@ -41,6 +44,31 @@ def report(query: Tensor, keys: Tensor, ask: Ask) -> Observed:
     query = query.to(keys.dtype)
     columns = chunked.columns(query, keys, ask)
     return _observed(query, keys, ask, columns, chunked.tail_rows(query, keys, ask))
+
+
+def serves_ragged(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool:
+    """Whether `attend_ragged` takes this step: few queries, none padded, on a GPU with Triton.
+
+    query `[b, H, q, d]`, keys `[S, d]`, values `[S, e]`.
+    """
+    plain = ask.step.real is None and ask.valid is None and query.shape[2] <= triton_ragged.MOST
+    alike = query.dtype == keys.dtype == values.dtype and keys.dtype in triton_ragged.DTYPES
+    narrow = max(keys.shape[1], values.shape[1]) <= triton_ragged.WIDEST
+    there = keys.device.type in LAUNCHED and triton_ragged.available()
+    return plain and alike and narrow and there
+
+
+def attend_ragged(
+    query: Tensor, keys: Tensor, values: Tensor, extents: Extents, ask: Ask
+) -> tuple[Tensor, Seen]:
+    """All rows in one launch: the output `[b, H, q, e]` and what `ask.needs` wants, flat.
+
+    Experimental: never run on a GPU yet.
+    """
+    out, lse = triton_ragged.attend(query, keys, values, extents, ask.scale)
+    if not ask.needs.attention:
+        return out, Seen()
+    return out, triton_ragged.report(query, keys, extents, lse, ask.scale, ask.needs)
 
 
 def _observed(

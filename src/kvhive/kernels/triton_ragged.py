@@ -1,7 +1,7 @@
 """Decoding over ragged rows with Triton: few queries a row, rows of any lengths in one launch.
 
 Experimental: its numbers are tested in Triton's interpreter alone. It compiles for GPUs but has
-never run on one, and sizes of tiles are guesses. Nothing chooses it yet.
+never run on one, and sizes of tiles are guesses.
 
 Rows are cut into splits of SPLIT slots that run at once and are merged by their log-sum-exp
 (Flash-Decoding, Dao et al. 2023), so that one long row keeps a whole GPU busy. The query heads that
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -32,6 +33,7 @@ TALLEST = 32  # queries of one tile
 LONGEST, LARGEST = 64, 1 << 14  # slots of one tile, and its bytes: for 99 KB of shared memory
 
 
+@cache
 def available() -> bool:
     """Whether Triton is there."""
     return importlib.util.find_spec("triton") is not None

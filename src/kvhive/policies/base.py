@@ -83,6 +83,11 @@ class Policy(Spec):
             )
 
     @property
+    def position_rule(self) -> Positions:
+        """The rotary rule with these hyper-parameters, where a recipe names none."""
+        return self.positions
+
+    @property
     def needs(self) -> Needs:
         """What must be observed of every step's attention."""
         return NOTHING

@@ -36,7 +36,6 @@ class Buzz(Policy):
 
     source: ClassVar[str] = "arXiv:2410.23079"
     cost: ClassVar[str] = "column sums (accum, fast) or none (no_max); copies once in ~0.55 budget"
-    positions: ClassVar[Positions] = "cache"
     renamed: ClassVar[Mapping[str, str]] = {"history=log": "buzz_log"}
 
     variant: Literal["accum", "fast", "no_max"] = knob(
@@ -53,11 +52,16 @@ class Buzz(Policy):
     prefill: Literal["step", "streamed"] = knob(
         "step", "a prompt is one step, or bookkeeping as if its tokens came one by one"
     )
-    prefill_stride: Literal["fit"] | None = knob(
-        None, "'fit': in the first event only, the least stride that meets the budget"
+    prefill_stride: Literal["fit", "same"] | None = knob(
+        None,
+        "of the first event: 'fit' (the least that meets the budget) or the 'same'; default: the "
+        "preset's, 'same' where a prompt is streamed",
     )
     drain: bool = knob(True, "thin an over-full sample at once, not token by token")
     match: Literal["peak", "mean"] = knob("peak", "what the budget bounds: the peak, or the mean")
+    preset: Literal["best", "paper"] = knob(
+        "best", "'best', by measurement: prefill_stride=fit, positions=original; 'paper': neither"
+    )
     allow_unbounded: bool = knob(False, "permit stride 1 or 2, with which nothing is ever thinned")
 
     def __post_init__(self) -> None:
@@ -80,6 +84,11 @@ class Buzz(Policy):
     def old_stride(self) -> int:
         """s' = ceil(stride / 2): of the old sample every s'-th entry survives an event."""
         return (self.stride + 1) // 2
+
+    @property
+    def position_rule(self) -> Positions:
+        """As released, positions are counted inside the cache."""
+        return "cache" if self.preset == "paper" else "original"
 
     @property
     def needs(self) -> Needs:
@@ -159,6 +168,12 @@ class Buzz(Policy):
         return Choice(keep, counters={"sample": sample.to(counter.dtype)})
 
     @property
+    def _fits_first(self) -> bool:
+        if self.prefill_stride is not None:
+            return self.prefill_stride == "fit"
+        return self.preset == "best" and self.prefill == "step"
+
+    @property
     def _sizes(self) -> Sizes:
         decided = self.window is not None and self.threshold is not None
         return Sizes(self.sink, self.window, self.threshold, decided)
@@ -178,7 +193,7 @@ class Buzz(Policy):
         self, slots: Slots, alive: Tensor, sample: Tensor, length: Tensor, regions: Regions
     ) -> tuple[Tensor, Tensor]:
         stride = torch.full_like(sample, self.stride)
-        if self.prefill_stride == "fit":
+        if self._fits_first:
             fit = hive.ceil_div(length - regions.sink - regions.window, regions.room.clamp_min(1))
             stride = torch.where(sample == 0, fit.clamp_min(1), stride)
         score = region.scores(self.variant, slots)

@@ -61,7 +61,8 @@ class Layout:
     counts: int64 `[rows]` on the CPU, slots of each row when they were laid out; length: as of
     `Slots` then, no less than the most of them. spare: slots that every row may grow by; slots: of
     the flat array, in all. shift: int64 `[rows]`: slot j of row r, of `length` right-aligned ones,
-    lies at shift[r] + j, also after rows have grown. order: int64 `[rows]`, which row lies where;
+    lies at shift[r] + j, also after rows have grown. starts: int64 `[rows]`, the first slot of each
+    row. order: int64 `[rows]`, which row lies where;
     place: the reverse; both None where rows lie in their own order.
     """
 
@@ -71,6 +72,7 @@ class Layout:
     spare: int
     slots: int
     shift: Tensor
+    starts: Tensor
     order: Tensor | None
     place: Tensor | None
 
@@ -93,8 +95,18 @@ class Layout:
         moved = len(ends) < len(counts) and not torch.equal(order, torch.arange(len(order)))
         where = order.to(device) if moved else None
         back = order.argsort().to(device) if moved else None
-        held = counts.clone()
-        return cls(tuple(blocks), held, length, spare, start, shift.to(device), where, back)
+        starts = (shift + length - counts).to(device)
+        return cls(
+            blocks=tuple(blocks),
+            counts=counts.clone(),
+            length=length,
+            spare=spare,
+            slots=start,
+            shift=shift.to(device),
+            starts=starts,
+            order=where,
+            place=back,
+        )
 
     def fits(self, counts: Tensor, length: int, spare: int) -> bool:
         """Whether it is the very layout that `of` would make."""
@@ -103,7 +115,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Bytes of what says where rows are."""
-        held = [self.counts, self.shift, self.order, self.place]
+        held = [self.counts, self.shift, self.starts, self.order, self.place]
         held += [block.front for block in self.blocks]
         return sum(t.untyped_storage().nbytes() for t in held if t is not None)
 

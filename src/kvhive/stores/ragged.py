@@ -7,13 +7,15 @@ that differ (`Plan.uneven`).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvhive.kernels import Ask, Observed, Rows, attend, report
+from kvhive.kernels.dispatch import attend_ragged, serves_ragged
+from kvhive.kernels.ragged import Extents, Seen
 from kvhive.memory import zeros
 from kvhive.plan import Plan
 from kvhive.stores._layout import Block, Layout
@@ -79,7 +81,11 @@ class RaggedStore(Store):
         self.length += fresh
 
     def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
-        """Block by block, each with the kernel that suits the step."""
+        """Block by block, each with the kernel that suits the step; on a GPU all at once."""
+        if serves_ragged(query, self._keys, self._values, ask):
+            extents = self._extents()
+            out, seen = attend_ragged(query, self._keys, self._values, extents, ask)
+            return out, self._spread(query, ask, seen, extents)
         parts = [
             attend(rows, keys, values, part) for rows, keys, values, part in self._split(query, ask)
         ]
@@ -136,6 +142,15 @@ class RaggedStore(Store):
         return held + self._layout.nbytes
 
     # ---- blocks ---------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_blocks": None}  # views, which a copy must have of its own memory
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        length = self.length
+        self._take_over(self._keys, self._values, self._layout)
+        self.length = length
 
     def _take_over(self, keys: Tensor, values: Tensor, layout: Layout) -> None:
         self._keys, self._values, self._layout = keys, values, layout
@@ -206,6 +221,39 @@ class RaggedStore(Store):
         """`[rows of a block, ..., used]` of each block as `[rows, ..., length]`, zeros in front."""
         wide = [F.pad(part, (self.length - part.shape[-1], 0)) for part in parts]
         return self._layout.restored(torch.cat(wide))
+
+    # ---- all at once ----------------------------------------------------------------------------
+
+    def _extents(self) -> Extents:
+        """Where each row lies now."""
+        layout, grown = self._layout, self.length - self._layout.length
+        lengths = layout.shift + self.length - layout.starts
+        return Extents(layout.starts, lengths, int(layout.counts.max()) + grown)
+
+    def _spread(self, query: Tensor, ask: Ask, seen: Seen, extents: Extents) -> Observed:
+        """What is said of flat slots, as of heads padded to the longest."""
+        slot = torch.arange(self.length, device=self._keys.device)
+        held = slot >= (self.length - extents.lengths)[:, None]
+        places = self._places().clamp(0, len(self._keys) - 1)
+
+        def padded(flat: Tensor) -> Tensor:
+            return flat[..., places] * held  # [..., rows, length]
+
+        columns, rows, needs = seen.columns, seen.rows, ask.needs
+        if columns is not None:
+            each = padded(columns) if needs.fold else padded(columns).transpose(0, 1)
+            columns = each.reshape(self.batch, -1, self.length)
+        if rows is not None:
+            each = padded(rows).permute(2, 0, 1, 3)
+            rows = each.reshape(self.batch, -1, rows.shape[1], self.length)
+        return Observed(
+            fresh=query.shape[2],
+            columns=columns,
+            rows=None if rows is None else Rows.of(rows),
+            queries=query if needs.queries else None,
+            keys=self.view()[0] if needs.keys else None,
+            scale=ask.scale,
+        )
 
     # ---- places ---------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ def policy_of(case: Case, drain: bool = True) -> Buzz:
     """The recorded variant and parameters."""
     params = case.params
     policy = Buzz(
+        preset="paper",
         variant=case.facts["variant"],
         sink=params["sink"],
         window=params["window"],
