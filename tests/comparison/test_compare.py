@@ -13,6 +13,7 @@ from kvhive.inference.generation import read
 from kvhive.inference.prompt import Prompt
 from tests.cli.tiny import HEADS, TRAINED_LENGTH, model, text, tokenizer
 
+STREAM = "buzz(preset=paper)@200"  # which counts positions in the cache
 QUESTIONS = ["What did the keeper keep?", "Where?"]
 
 
@@ -153,19 +154,19 @@ def test_beyond_the_trained_length_only_recipes_that_count_positions_in_the_cach
         coder,
         long,
         QUESTIONS,
-        ["buzz(preset=paper)@200"],
+        [STREAM],
         max_new_tokens=3,
         prefill_chunk=64,
     )
-    assert [one.recipe for one in result] == ["buzz(preset=paper)@200"]
+    assert [one.recipe for one in result] == [STREAM]
     assert result[0].fidelity is None
     assert result[0].report.tokens_seen > TRAINED_LENGTH
     assert int(result[0].report.kept.max()) <= 200
     for recipe, chunk, way in (
         ("full", 64, "leave that recipe out"),
         ("h2o@200", 64, r"h2o\(positions=cache\)"),
-        ("buzz(preset=paper)@200", None, "in chunks"),
-        ("buzz@0.99", 64, "smaller budget"),
+        (STREAM, None, "in chunks"),
+        ("buzz(preset=paper)@0.99", 64, "smaller budget"),
     ):
         with pytest.raises(ValueError, match=f"{TRAINED_LENGTH:,} positions.*{way}"):
             compare(network, coder, long, QUESTIONS, [recipe], prefill_chunk=chunk)

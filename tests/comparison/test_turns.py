@@ -16,6 +16,7 @@ from kvhive.inference.prompt import Prompt, question_ids
 from kvhive.model.chat import ChatFormat
 from tests.cli.tiny import TRAINED_LENGTH, model, text, tokenizer
 
+STREAM = "buzz(preset=paper)@200"  # which counts positions in the cache
 QUESTIONS = ["What did the keeper keep?", "Where?", "In what?"]
 NEW = 6
 
@@ -95,13 +96,9 @@ def test_history_is_the_full_caches_answers(network, coder, monkeypatch):
 def test_without_a_full_cache_history_is_the_recipes_own_answers(network, coder):
     long = text(TRAINED_LENGTH // 4)
     few = {"max_new_tokens": 3, "prefill_chunk": 64}
-    (only,) = compare(
-        network, coder, long, QUESTIONS, ["buzz(preset=paper)@200"], **few, turns=True
-    )
+    (only,) = compare(network, coder, long, QUESTIONS, [STREAM], **few, turns=True)
     assert only.fidelity is None
-    talk = kvhive.read(
-        network, coder, long, "buzz(preset=paper)@200", prefill_chunk=64
-    ).conversation()
+    talk = kvhive.read(network, coder, long, STREAM, prefill_chunk=64).conversation()
     said = [talk.ask(question, max_new_tokens=3) for question in QUESTIONS]
     assert [answer.text for answer in only.answers] == said
 
