@@ -40,7 +40,7 @@ TEXTS = {
     "news": ("multi_news/longbench_subset.jsonl.gz", "article"),
 }
 MODES = ("agnostic", "aware")
-BUZZ_VARIANTS = ("buzz(variant=no_max)", "buzz(positions=original)")
+BUZZ_VARIANTS = ("buzz(variant=no_max)", "buzz(preset=paper)")
 
 
 def read_texts(files: list[Path]) -> dict[str, str]:

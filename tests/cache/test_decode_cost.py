@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from kvhive.allocations import Allocation, Facts
+from kvhive.budget import Budget
 from kvhive.cache.hive_cache import HiveCache
-from kvhive.policies import POLICIES
+from kvhive.policies import POLICIES, Policy
+from kvhive.policies.h2o import H2O
+from kvhive.policies.snapkv import SnapKV
+from kvhive.policies.streaming_llm import StreamingLLM
+from kvhive.recipe import Recipe
+from kvhive.stores.ragged import RaggedStore
 from tests.contract.recipes import with_budget
 from tests.support import left_padded, random_ids, tiny
 
@@ -27,6 +35,17 @@ ROOT = Path(__file__).parents[2]
 PROMPT, WARM = 60, 4
 ROOMY = with_budget(1000)
 ASKING = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
+
+
+@dataclass(frozen=True)
+class Spread(Allocation):
+    """Half as much again for every other head, half as much less for its neighbour."""
+
+    def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
+        """Of every layer alike."""
+        odd = torch.arange(facts.kv_heads) % 2 == 1
+        half = budget - max(budget // 2, floor)
+        return torch.where(odd, budget + half, budget - half).expand(facts.layers, -1)
 
 
 class Watch(TorchDispatchMode):
@@ -115,6 +134,17 @@ def test_the_device_is_not_asked(model: PreTrainedModel, recipe: str, padded: bo
     watch = watched(model, cache, padded)
     decides = cache.recipe.budget is None and cache.recipe.policy.sizing.alone is not None
     assert decides or not watch.asked
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("policy", [SnapKV(window=8), H2O(recent=4), StreamingLLM()], ids=str)
+def test_ragged_heads_do_not_ask_either(
+    model: PreTrainedModel, policy: Policy, padded: bool
+) -> None:
+    cache = HiveCache.for_model(model, Recipe(policy, Budget(tokens=30), Spread(), slack=9))
+    watch = watched(model, cache, padded)
+    assert all(isinstance(layer.store, RaggedStore) for layer in cache.hive_layers())
+    assert not watch.asked
 
 
 def test_a_question_would_be_noticed(model: PreTrainedModel) -> None:

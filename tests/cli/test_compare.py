@@ -70,7 +70,7 @@ def test_answers_stand_in_columns_where_there_is_room_and_in_lines_where_not(
 def test_without_options_it_asks_for_a_summary_of_the_usual_recipes(run, document):
     result = run("compare", document, *SHORT)
     assert result.exit_code == 0, result.stderr
-    for name in ("full", "h2o@0.4", "snapkv@0.4", "buzz(prefill=streamed)@0.4"):
+    for name in ("full", "h2o@0.4", "snapkv@0.4", "buzz@0.4"):
         assert name in result.stdout
     assert "Summarise this document" in result.stdout
 

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from kvhive.inference.document import Document
     from kvhive.inference.prompt import Prompt
 
-_DEFAULT_RECIPES = ["full", "h2o@0.4", "snapkv@0.4", "buzz(prefill=streamed)@0.4"]
-_DEFAULT_FITTED = ["full", "h2o", "snapkv", "buzz(prefill=streamed)"]
+_DEFAULT_RECIPES = ["full", "h2o@0.4", "snapkv@0.4", "buzz@0.4"]
+_DEFAULT_FITTED = ["full", "h2o", "snapkv", "buzz"]
 
 
 def register(app: typer.Typer) -> None:

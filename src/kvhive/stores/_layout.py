@@ -92,7 +92,7 @@ class Layout:
             blocks.append(block)
         shift = torch.empty_like(counts)
         shift[order] = torch.cat([_last_slots(block) for block in blocks]) - length
-        moved = len(ends) < len(counts) and not torch.equal(order, torch.arange(len(order)))
+        moved = len(ends) < len(counts) and order.tolist() != list(range(len(order)))
         where = order.to(device) if moved else None
         back = order.argsort().to(device) if moved else None
         starts = (shift + length - counts).to(device)
@@ -110,7 +110,10 @@ class Layout:
 
     def fits(self, counts: Tensor, length: int, spare: int) -> bool:
         """Whether it is the very layout that `of` would make."""
-        return (length, spare) == (self.length, self.spare) and torch.equal(counts, self.counts)
+        return (length, spare) == (
+            self.length,
+            self.spare,
+        ) and counts.tolist() == self.counts.tolist()
 
     @property
     def nbytes(self) -> int:
