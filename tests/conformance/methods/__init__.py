@@ -19,6 +19,7 @@ from . import (
     snapkv,
     streaming_llm,
     tova,
+    zigzagkv,
 )
 
 REPLAYS: dict[str, Callable[[Case], None]] = {
@@ -35,4 +36,5 @@ REPLAYS: dict[str, Callable[[Case], None]] = {
     "snapkv": snapkv.replay,
     "streaming_llm": streaming_llm.replay,
     "tova": tova.replay,
+    "zigzagkv": zigzagkv.replay,
 }
