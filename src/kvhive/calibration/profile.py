@@ -65,18 +65,23 @@ class Profile:
             )
         return cls(**{name: told[name] for name in _FIELDS}, tensors=tensors)
 
-    def save(self, path: str | Path) -> None:
-        """Write it, all or nothing. Raises `FileExistsError` rather than overwrite a file."""
+    def save(self, path: str | Path, replace: bool = False) -> None:
+        """Write it, all or nothing. Raises `FileExistsError` rather than overwrite a file, unless
+        it is told to `replace` it.
+        """
         from safetensors.torch import save_file
 
         path = expanded(path)
-        if path.exists():
+        if path.exists() and not replace:
             raise FileExistsError(f"{str(path)!r} exists; delete it first, or choose another name")
         told = {"kind": KIND} | {name: getattr(self, name) for name in _FIELDS}
         whole = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             save_file(dict(self.tensors), whole, metadata=told)
-            os.link(whole, path)  # fails where another process was faster
+            if replace:
+                os.replace(whole, path)
+            else:
+                os.link(whole, path)  # fails where another process was faster
         finally:
             whole.unlink(missing_ok=True)
 
