@@ -94,3 +94,26 @@ class Profile:
                 f"this profile of {self.data!r} ({self.date}) was made for a model with "
                 "other weights; make one for this model"
             )
+
+    def check_tensors(self, shapes: Mapping[str, str]) -> None:
+        """Raises `ValueError` unless the profile holds these tensors, of finite numbers.
+
+        shapes: for each name its sizes, numbers or letters: "T L 2"; a letter is the same size
+        everywhere, at least 1.
+        """
+        sizes: dict[str, int] = {}
+        for name, shape in shapes.items():
+            tensor, letters = self.tensors.get(name), shape.split()
+            if tensor is None:
+                raise self._damaged(f"it has no {name!r}")
+            same = tensor.dim() == len(letters) and all(
+                size == (int(one) if one.isdigit() else sizes.setdefault(one, max(1, size)))
+                for one, size in zip(letters, tensor.shape, strict=True)
+            )
+            if not same:
+                raise self._damaged(f"{name!r} has shape {tuple(tensor.shape)}, not ({shape})")
+            if not bool(tensor.isfinite().all()):
+                raise self._damaged(f"{name!r} holds numbers that are not finite")
+
+    def _damaged(self, reason: str) -> ValueError:
+        return ValueError(f"this profile by {self.method!r} is damaged: {reason}; make it anew")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..cases import Case
 from . import (
     adakv,
+    baklava,
     buzz,
     cascading_kv,
     corm,
@@ -24,6 +25,7 @@ from . import (
 
 REPLAYS: dict[str, Callable[[Case], None]] = {
     "adakv": adakv.replay,
+    "baklava": baklava.replay,
     "buzz": buzz.replay,
     "cascading_kv": cascading_kv.replay,
     "corm": corm.replay,
