@@ -80,11 +80,19 @@ def test_what_is_always_kept_comes_on_top() -> None:
 
 
 def test_profiles_that_do_not_fit_are_refused() -> None:
-    facts = Facts(2, 1, 500, profile([0.1, 0.3]))
-    with pytest.raises(ValueError, match=r"learnt for tau 0\.8, 0\.9, got tau=0\.7; .*\[0\.7\]"):
-        ZigZag(tau=0.7).shares(facts, 48, 9)
-    with pytest.raises(ValueError, match="is one of 2 layers, but 3 are compressed here"):
-        ZigZag().shares(Facts(3, 1, 500, facts.profile), 48, 9)
+    model = tiny_llama()
+    mine = ModelFacts.of(model).fingerprint
+    with pytest.raises(ValueError, match=r"tau must be one of 0\.8, 0\.9, .* got 0\.7; learn it"):
+        HiveCache.for_model(model, "snapkv@60/zigzag(tau=0.7)", profile([0.1, 0.3], mine))
+    with pytest.raises(ValueError, match="of 3 layers, which does not fit 2 compressed layers"):
+        HiveCache.for_model(model, "snapkv@60/zigzag", profile([0.1, 0.3, 0.2], mine))
+    with pytest.raises(ValueError, match="was made for a model with other weights"):
+        HiveCache.for_model(model, "snapkv@60/zigzag", profile([0.1, 0.3], "other"))
+
+
+def test_layers_without_a_limit_take_their_need_along() -> None:
+    facts = Facts(2, 1, 500, profile([0.1, 0.7, 0.3]), places=(0, 2))
+    assert ZigZag(bound=0.0).shares(facts, 48, 9)[:, 0].tolist() == [8 + 20, 8 + 60]
 
 
 def test_one_layer_is_snapkv() -> None:

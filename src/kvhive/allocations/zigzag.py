@@ -13,8 +13,14 @@ from kvhive.allocations.base import ALLOCATIONS, Allocation, Facts
 from kvhive.calibration import Profile
 from kvhive.spec import knob
 
+METHOD = "zigzag"
+SHAPES = {  # what a profile holds; T values of tau, L compressed layers, H query heads
+    "tau": "T",  # shares of attention to hold
+    "share": "T L H",  # of the past tokens, needed to hold that
+}
 
-@ALLOCATIONS.register("zigzag")
+
+@ALLOCATIONS.register(METHOD)
 @dataclass(frozen=True)
 class ZigZag(Allocation):
     """Share the budget out by how many tokens a layer needs to hold most of its attention.
@@ -28,64 +34,72 @@ class ZigZag(Allocation):
     """
 
     source: ClassVar[str] = "arXiv:2412.09036"
-    profile: ClassVar[str | None] = "zigzag"
+    calibration: ClassVar[str | None] = METHOD
 
     tau: float = knob(0.9, "share of its attention that a layer is to hold", least=0.01, most=1.0)
     bound: float = knob(
         0.2, "share of the mean that every layer gets; 1 is uniform", least=0.0, most=1.0
     )
+    profile: str | None = knob(None, "file of the profile; none: one that comes with kvhive")
+
+    @property
+    def profile_file(self) -> str | None:
+        """See the base."""
+        return self.profile
+
+    def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
+        """See the base."""
+        profile.check_tensors(SHAPES)
+        held = profile.tensors["share"].shape[1]
+        if held != layers:
+            raise ValueError(
+                f"this profile is of {held} layers, which does not fit {layers} compressed layers; "
+                "make one for this model"
+            )
+        taus = profile.tensors["tau"].tolist()
+        if self.tau not in taus:
+            raise ValueError(
+                f"zigzag: tau must be one of {', '.join(map(str, taus))}, which the profile was "
+                f"learnt for, got {self.tau}; learn it with kvhive calibrate --for "
+                f'"zigzag(tau=[{self.tau}])"'
+            )
 
     def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
-        """See the base; the same for all heads of a layer.
-
-        Raises `ValueError` for a profile of another number of layers, or without this `tau`.
-        """
+        """See the base; the same for all heads of a layer."""
         if facts.seen <= budget:
             return facts.even(budget)
         assert facts.profile is not None
+        places = range(facts.layers) if facts.places is None else facts.places
         window = floor - 1  # what is always kept
-        lmba = self.lmba(facts.profile, facts.layers)
-        past = past_budgets(lmba, budget - window, self.bound, facts.seen - window)
+        need = lmba(facts.profile, self.tau)[list(places)]
+        past = past_budgets(need, budget - window, self.bound, facts.seen - window)
         return (past + window)[:, None].expand(-1, facts.kv_heads).clone()
 
-    def lmba(self, profile: Profile, layers: int) -> Tensor:
-        """float64 `[layers]`: the share of past tokens that each layer needs, mean over its heads.
 
-        Raises `ValueError` as `shares`.
-        """
-        taus, share = profile.tensors["tau"].tolist(), profile.tensors["share"]
-        if self.tau not in taus:
-            raise ValueError(
-                f"zigzag: the profile was learnt for tau {', '.join(map(str, taus))}, got tau="
-                f"{self.tau}; take one of these, or learn it: kvhive calibrate --for "
-                f'"zigzag(tau=[{self.tau}])"'
-            )
-        if share.shape[1] != layers:
-            raise ValueError(
-                f"zigzag: the profile is one of {share.shape[1]} layers, but {layers} are "
-                "compressed here; make one for this model, with a policy that compresses all"
-            )
-        return share[taus.index(self.tau)].double().mean(-1)
+def lmba(profile: Profile, tau: float) -> Tensor:
+    """float64 `[L]`: the share of the past tokens that each layer needs, the mean of its heads."""
+    place = profile.tensors["tau"].tolist().index(tau)
+    return profile.tensors["share"][place].double().mean(-1)
 
 
-def raw_budgets(lmba: Tensor, mean: int | float, bound: float) -> Tensor:
-    """float64 `[layers]`: bound * mean for each, and the rest in proportion to float `[layers]`."""
-    weights = lmba.double() if lmba.any() else torch.ones(len(lmba), dtype=torch.float64)
+def raw_budgets(need: Tensor, mean: int | float, bound: float) -> Tensor:
+    """float64 `[layers]`: bound * mean for each, the rest in proportion to `need` `[layers]`."""
+    weights = need.double() if need.any() else torch.ones(len(need), dtype=torch.float64)
     return bound * mean + (1 - bound) * mean * len(weights) * weights / weights.sum()
 
 
 def past_budgets(
-    lmba: Tensor, mean: int | float, bound: float, most: int, least: int = 1
+    need: Tensor, mean: int | float, bound: float, most: int, least: int = 1
 ) -> Tensor:
     """int64 `[layers]`: `raw_budgets` in whole tokens, whose sum is that of the budgets rounded.
 
     A layer that exceeds `most` gets that, and the others divide the surplus as they divide the
     rest; where all do, the sum is less. least: of each layer, at most `mean`.
     """
-    count = len(lmba)
+    count = len(need)
     if mean >= most:
         return torch.full((count,), most)
-    raw = raw_budgets(lmba, mean, bound)
+    raw = raw_budgets(need, mean, bound)
     if raw.min() < least or raw.max() > most:
         each = torch.full_like(raw, bound * mean)
         above = (raw - each).clamp_min(0)

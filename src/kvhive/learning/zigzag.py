@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvhive.allocations.zigzag import METHOD
 from kvhive.learning.base import CALIBRATIONS, Calibration
 from kvhive.learning.kept import Kept
 from kvhive.learning.watching import Attention, watch
@@ -18,7 +19,7 @@ from kvhive.spec import knob
 _SLACK = 1e-12  # of the mass: a sum that rounding left just below it has reached it
 
 
-@CALIBRATIONS.register("zigzag")
+@CALIBRATIONS.register(METHOD)
 @dataclass(frozen=True)
 class ZigZag(Calibration):
     """Count, for every query head, the fewest past tokens that hold a share of the attention of the
@@ -55,8 +56,8 @@ class ZigZag(Calibration):
     ) -> dict[str, Tensor]:
         """See the base."""
         for place, ids in enumerate(texts):
-            tick(place / len(texts))
             if kept.get(str(place)) is None:
+                tick(place / len(texts))
                 kept.put(str(place), {"share": self._shares(model, ids)})
         tick(1.0)
         read = [kept.parts[str(place)]["share"] for place in range(len(texts))]
