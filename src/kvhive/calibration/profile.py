@@ -69,7 +69,7 @@ class Profile:
         """Write it, all or nothing. Raises `FileExistsError` rather than overwrite a file, unless
         it is told to `replace` it.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = expanded(path)
         if path.exists() and not replace:
@@ -77,7 +77,7 @@ class Profile:
         told = {"kind": KIND} | {name: getattr(self, name) for name in _FIELDS}
         whole = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(dict(self.tensors), whole, metadata=told)
+            whole.write_bytes(save(dict(self.tensors), told))  # with the mode of new files
             if replace:
                 os.replace(whole, path)
             else:

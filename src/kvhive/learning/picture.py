@@ -25,9 +25,12 @@ class Picture:
         return [[format(value, self.form) for value in row] for row in self.values.tolist()]
 
     def shades(self) -> list[list[float]]:
-        """From 0 for the least number to 1 for the largest; 1 where all are alike."""
-        low, high = float(self.values.min()), float(self.values.max())
+        """From 0 for the least number to 1 for the largest, by the root of the distance, so that
+        one number far above the others does not hide how they differ; 1 where all are alike.
+        """
+        values = self.values.double()
+        low, high = values.min(), values.max()
         if low == high:
-            return [[1.0] * len(self.columns) for _ in self.values]
-        shades: list[list[float]] = ((self.values.double() - low) / (high - low)).tolist()
+            return [[1.0] * len(self.columns) for _ in values]
+        shades: list[list[float]] = ((values - low) / (high - low)).sqrt().tolist()
         return shades
