@@ -19,6 +19,7 @@ SHAPES = {  # what a profile holds; T texts, L compressed layers, H query heads,
     "parts": "P",  # tried as `low_frac`
     "scales": "S",  # tried as `low_scale`
     "losses": "P S",  # nats a token of the validation text
+    "proportional": "1",  # the loss of the plan in proportion, for comparison
     "choice": "2",  # the best `low_frac` and `low_scale`
 }
 
