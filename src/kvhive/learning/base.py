@@ -13,9 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvhive.cache.attention import attach
 from kvhive.calibration import Profile
 from kvhive.learning.kept import Kept, partial_file
-from kvhive.model.facts import facts_for, refuse_family
 from kvhive.registry import Registry
 from kvhive.spec import Spec, knob
 
@@ -70,8 +70,7 @@ def calibrate(
     """
     if out.exists() and not replace:
         raise FileExistsError(f"{str(out)!r} exists; delete it first, or choose another name")
-    refuse_family(model)
-    facts = facts_for(model)
+    facts = attach(model)
     pieces = cut([_ids(tokenizer, text) for text in texts], method.pieces, method.tokens)
     kept = Kept.open(partial_file(out), _mark(method, facts.fingerprint, pieces))
     tensors = method.learn(model, pieces, kept, tick)

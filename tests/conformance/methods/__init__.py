@@ -20,6 +20,7 @@ from . import (
     snapkv,
     streaming_llm,
     tova,
+    zigzagkv,
 )
 
 REPLAYS: dict[str, Callable[[Case], None]] = {
@@ -37,4 +38,5 @@ REPLAYS: dict[str, Callable[[Case], None]] = {
     "snapkv": snapkv.replay,
     "streaming_llm": streaming_llm.replay,
     "tova": tova.replay,
+    "zigzagkv": zigzagkv.replay,
 }
