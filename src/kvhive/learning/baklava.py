@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
-from kvhive.allocations._importance import best, change, search
-from kvhive.allocations.baklava import METHOD, Baklava
+from kvhive.allocations._importance import best, change, search, tiers
+from kvhive.allocations.baklava import METHOD, SHAPES, Baklava
 from kvhive.cache.attention import attach
-from kvhive.cache.handoff import offer
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.calibration import Profile
 from kvhive.inference.driver import Driver
-from kvhive.kernels import Ask, attend
+from kvhive.inference.shared_prefill import reads_like_others
 from kvhive.learning.base import CALIBRATIONS, Calibration
 from kvhive.learning.kept import Kept
+from kvhive.learning.picture import Picture
+from kvhive.learning.residual import layers_watched
+from kvhive.learning.watching import Attention, watch
 from kvhive.model.facts import ModelFacts
 from kvhive.model.forward import forward
 from kvhive.recipe import Recipe
 from kvhive.spec import knob
-from kvhive.step import Step
 
-Losses = dict[str, list[float]]
+_MANY = 10_000  # tokens of a head, so that shares are hardly rounded
 
 
 @CALIBRATIONS.register(METHOD)
@@ -84,16 +83,16 @@ class BaklavaCalibration(Calibration):
         facts = attach(model)
         count = len(texts) - min(self.searched, len(texts) // 2)
         work = [1] * count + [4] * (len(texts) - count)  # what a piece costs
-        heads, layers = [], []
+        read = []
         for place, text in enumerate(texts[:count]):
             part = kept.get(key := f"importance {place}")
             if part is None:
-                part = importance(model, facts, text)
+                part = importance(model, text)
                 kept.put(key, part)
-            heads.append(part["heads"])
-            layers.append(part["layers"])
+            read.append(part)
             tick(sum(work[: place + 1]) / sum(work))
-        found = {"heads": torch.stack(heads), "layers": torch.stack(layers)}
+        found = {name: torch.stack([one[name] for one in read]) for name in ("heads", "layers")}
+        found["kv_heads"] = read[0]["kv_heads"]
         tried = []
         for place, text in enumerate(texts[count:], start=count):
             part = kept.get(key := f"losses {place}")
@@ -103,6 +102,26 @@ class BaklavaCalibration(Calibration):
             tried.append(part["losses"])
             tick(sum(work[: place + 1]) / sum(work))
         return found | self._searched(torch.stack(tried).mean(0))
+
+    @classmethod
+    def pictures(cls, profile: Profile) -> tuple[Picture, ...]:
+        """Importance of every KV head, and what the plan that was chosen gives it."""
+        profile.check_tensors(SHAPES)
+        held = profile.tensors
+        importance = Baklava().importance(profile)
+        part, scale = held["choice"].tolist()
+        plan = tiers(importance, _MANY * importance.numel(), 0, None, part, scale) / _MANY
+        chosen = (
+            f"tokens under the plan that was chosen, as a multiple of the mean: low_frac={part:g}, "
+            f"low_scale={scale:g} ({float(held['losses'].min()):.4f} nats a token of the text "
+            f"searched on; uniform {float(held['uniform']):.4f}, in proportion "
+            f"{float(held['proportional']):.4f})"
+        )
+        heads = tuple(f"KV head {place}" for place in range(importance.shape[1]))
+        return (
+            Picture("importance of a KV head times that of its layer; 1 is average", heads, importance),
+            Picture(chosen, heads, plan),
+        )
 
     def _searched(self, losses: Tensor) -> dict[str, Tensor]:
         """What the search found. losses: float64, of every plan in the order of `_plans`."""
@@ -114,15 +133,16 @@ class BaklavaCalibration(Calibration):
         grid = self.low_fracs, self.low_scales
         table = search(*grid, loss)
         return {
-            **{"parts": torch.tensor(grid[0], dtype=torch.float64), "scales": torch.tensor(grid[1], dtype=torch.float64)},
-            **{"losses": table, "proportional": losses[-1:]},
+            "parts": torch.tensor(grid[0], dtype=torch.float64),
+            "scales": torch.tensor(grid[1], dtype=torch.float64),
             "choice": torch.tensor(best(table, *grid), dtype=torch.float64),
+            **{"losses": table, "uniform": losses[:1], "proportional": losses[-1:]},
         }
 
     def _plans(self) -> list[Baklava]:
-        """Uniform, the grid and, beside it, in proportion; each once."""
+        """Uniform, the rest of the grid, and in proportion."""
         grid = [_tiers(part, scale) for part, scale in product(self.low_fracs, self.low_scales)]
-        return [*dict.fromkeys(grid), Baklava(allocation="proportional")]
+        return [*dict.fromkeys([_tiers(0, 1), *grid]), Baklava(allocation="proportional")]
 
     def _recipe(self, plan: Baklava) -> Recipe:
         return replace(Recipe.parse(f"{self.policy}@{self.budget!r}"), allocation=plan)
@@ -141,7 +161,12 @@ class BaklavaCalibration(Calibration):
         caches = [HiveCache(self._recipe(plan), facts, profile) for plan in self._plans()]
         text = torch.tensor([list(ids)])
         first = len(ids) - self.scored
-        Driver(model).prefill_together(caches, text[:, :first].to(model.device))
+        prompt = text[:, :first].to(model.device)
+        if all(map(reads_like_others, caches)):
+            Driver(model).prefill_together(caches, prompt)
+        else:
+            for cache in caches:
+                cache.read(prompt)
         losses = []
         for cache in caches:
             with cache.freeze():
@@ -156,98 +181,29 @@ def _tiers(part: float, scale: float) -> Baklava:
     return Baklava(allocation="tiers", low_frac=part, low_scale=scale if part else 1.0)
 
 
-# ---- importance ---------------------------------------------------------------------------------
+def importance(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, Tensor]:
+    """Of one text: "heads", float64 `[layers, H]`, "layers", float64 `[layers]`, and "kv_heads",
+    int64 `[1]`.
 
-
-def importance(model: PreTrainedModel, facts: ModelFacts, ids: Sequence[int]) -> dict[str, Tensor]:
-    """Of one text: "heads", float64 `[layers, H]`, and "layers", float64 `[layers]`.
-
-    A head's input is the value of the token itself, its output what comes before the output
-    projection; a layer's are the hidden state before its attention and after it is added. Raises
-    `ValueError` for a model whose attention modules are not found.
+    A head is given the value of the token itself, and its output is what comes before the output
+    projection; a layer is given the hidden state before its attention, and its output is that with
+    attention added. Raises `ValueError` for a model whose attention modules are not found.
     """
-    cache = _Listening(facts)
-    with _watched(model, facts) as layers:
-        forward(model, cache, torch.tensor([list(ids)]))
-    return {
-        "heads": torch.stack([cache.heads[index] for index in facts.full_layers]),
-        "layers": torch.stack([layers[index] for index in facts.full_layers]),
-    }
+    heads, count = [], set()
 
+    def see(one: Attention) -> None:
+        given = one.values.repeat_interleave(one.queries.shape[0] // one.values.shape[0], dim=0)
+        heads.append(change(given, one.output).cpu())
+        count.add(one.values.shape[0])
 
-class _Listening(DynamicCache):
-    """A full cache that compares what heads are given with what they make of it."""
-
-    def __init__(self, facts: ModelFacts) -> None:
-        super().__init__(config=facts.config)
-        self.facts = facts
-        self.heads: dict[int, Tensor] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Attention finds what compares, in place of the layer."""
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx not in self.facts.full_layers:
-            return keys, values
-        return offer(keys, _Compared(keys, values, layer_idx, self.heads)), values
-
-
-@dataclass(frozen=True, eq=False)
-class _Compared:
-    """Attends to a whole prompt, and notes the importance of each query head."""
-
-    keys: Tensor
-    values: Tensor
-    layer: int
-    heads: dict[int, Tensor]
-
-    def check_model(self, config: object) -> None:
-        """It is."""
-
-    def attend(self, query: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        """Causal attention `[1, H, n, d]` -> `[1, H, n, e]`."""
-        out, _ = attend(query, self.keys, self.values, Ask(Step.plain(0, query.shape[2]), scale))
-        given = self.values.repeat_interleave(query.shape[1] // self.values.shape[1], dim=1)
-        self.heads[self.layer] = change(given[0], out[0]).cpu()
-        return out
-
-
-@contextmanager
-def _watched(model: PreTrainedModel, facts: ModelFacts) -> Iterator[dict[int, Tensor]]:
-    """Meanwhile notes the importance of each compressed layer, float64 `[]`, when it is run."""
-    noted: dict[int, Tensor] = {}
-    entering: dict[int, Tensor] = {}
-    hooks = []
-    for index, block, attention in _blocks(model, facts):
-
-        def enter(_: nn.Module, given: tuple[Any, ...], named: Any, index: int = index) -> None:
-            entering[index] = named["hidden_states"] if "hidden_states" in named else given[0]
-
-        def leave(_: nn.Module, given: Any, out: Any, index: int = index) -> None:
-            before = entering.pop(index)[0]
-            added = (out[0] if isinstance(out, tuple) else out)[0]
-            noted[index] = change(before, before.double() + added.double()).cpu()
-
-        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        hooks.append(attention.register_forward_hook(leave))
-    try:
-        yield noted
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _blocks(model: PreTrainedModel, facts: ModelFacts) -> list[tuple[int, nn.Module, nn.Module]]:
-    """(index, the block, its attention) of every compressed layer, by transformers' own names."""
-    found = {
-        module.layer_idx: (model.get_submodule(name.rpartition(".")[0]), module)
-        for name, module in model.named_modules()
-        if "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
-    }
-    if missing := set(facts.full_layers) - set(found):
+    with layers_watched(model) as layers:
+        watch(model, ids, see)
+    if len(count) != 1:
         raise ValueError(
-            f"{facts.family} has no attention module that says it is of layer {min(missing)}, so "
-            "what its layers change cannot be seen"
+            f"baklava learns of models whose layers have equally many KV heads, got {sorted(count)}"
         )
-    return [(index, *found[index]) for index in facts.full_layers]
+    return {
+        "heads": torch.stack(heads),
+        "layers": torch.stack([changed for _, changed in sorted(layers.items())]),
+        "kv_heads": torch.tensor(sorted(count)),
+    }
