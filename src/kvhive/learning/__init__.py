@@ -2,8 +2,9 @@
 
 from kvhive.learning.base import CALIBRATIONS, Calibration, calibrate
 from kvhive.learning.kept import Kept, partial_file
+from kvhive.learning.picture import Picture
 from kvhive.registry import import_all
 
-__all__ = ["CALIBRATIONS", "Calibration", "Kept", "calibrate", "partial_file"]
+__all__ = ["CALIBRATIONS", "Calibration", "Kept", "Picture", "calibrate", "partial_file"]
 
 import_all(__name__, __path__)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvhive.cache.attention import attach
 from kvhive.calibration import Profile
 from kvhive.learning.kept import Kept, partial_file
+from kvhive.learning.picture import Picture
 from kvhive.registry import Registry
 from kvhive.spec import Spec, knob
 
@@ -45,6 +46,11 @@ class Calibration(Spec):
         raise `ValueError`.
         """
         raise TypeError(f"{type(self).__name__} learns nothing")
+
+    @classmethod
+    def pictures(cls, profile: Profile) -> tuple[Picture, ...]:
+        """What to show of a profile by this method. Raises `ValueError` for a damaged one."""
+        return ()
 
 
 CALIBRATIONS: Registry[Calibration] = Registry("calibration")

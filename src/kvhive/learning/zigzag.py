@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvhive.allocations.zigzag import METHOD
+from kvhive.allocations.zigzag import METHOD, SHAPES, lmba
+from kvhive.calibration import Profile
 from kvhive.learning.base import CALIBRATIONS, Calibration
 from kvhive.learning.kept import Kept
+from kvhive.learning.picture import Picture
 from kvhive.learning.watching import Attention, watch
 from kvhive.spec import knob
 
@@ -63,6 +65,15 @@ class ZigZag(Calibration):
         read = [kept.parts[str(place)]["share"] for place in range(len(texts))]
         share = torch.stack(read).double().mean(0).float()
         return {"tau": torch.tensor(self.tau, dtype=torch.float64), "share": share}
+
+    @classmethod
+    def pictures(cls, profile: Profile) -> tuple[Picture, ...]:
+        """The need of every layer, for each tau."""
+        profile.check_tensors(SHAPES)
+        taus = profile.tensors["tau"].tolist()
+        meaning = "share of the past tokens that a layer needs to hold tau of its attention"
+        values = torch.stack([lmba(profile, tau) for tau in taus], 1)
+        return (Picture(meaning, tuple(f"tau {tau:g}" for tau in taus), values, ".1%"),)
 
     def _shares(self, model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
         """float64 `[T, layers, H]` of one piece."""
