@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from kvhive.allocations._rounding import apportion
 
@@ -18,7 +19,7 @@ def change(before: Tensor, after: Tensor) -> Tensor:
 
     Both `[..., n, d]`; 0 for what is passed on as it is, at most 2. Positive factors do not count.
     """
-    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+    cosine: Tensor = cosine_similarity(before.double(), after.double(), dim=-1)
     changed: Tensor = (1 - cosine.mean(-1)).clamp(0, 2)
     return changed
 
@@ -27,7 +28,7 @@ def of_kv_heads(heads: Tensor, kv_heads: int, group: Group) -> Tensor:
     """float64 `[texts, layers, K]`: the mean, or the largest, of the query heads that share a KV
     head. heads: `[texts, layers, H]`, as `change` gives.
     """
-    grouped = heads.double().unflatten(-1, (kv_heads, -1))
+    grouped: Tensor = heads.double().unflatten(-1, (kv_heads, -1))
     return grouped.mean(-1) if group == "mean" else grouped.amax(-1)
 
 

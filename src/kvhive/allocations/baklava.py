@@ -16,9 +16,12 @@ METHOD = "baklava"
 SHAPES = {  # what a profile holds; T texts, L compressed layers, H query heads, P x S choices tried
     "heads": "T L H",  # importance of query heads: 1 - cosine of value and head output
     "layers": "T L",  # of layers: 1 - cosine of the hidden state before attention and after it
+    "kv_heads": "1",  # of each layer
     "parts": "P",  # tried as `low_frac`
     "scales": "S",  # tried as `low_scale`
     "losses": "P S",  # nats a token of the validation text
+    "uniform": "1",  # the loss of the uniform plan, and of that in proportion, for comparison
+    "proportional": "1",
     "choice": "2",  # the best `low_frac` and `low_scale`
 }
 
@@ -61,17 +64,19 @@ class Baklava(Allocation):
     def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
         """See the base."""
         profile.check_tensors(SHAPES)
-        held, heads = profile.tensors["heads"].shape[1:]
-        if held != layers or heads % kv_heads:
+        for name, most in (("heads", 2), ("layers", 2), ("choice", 1)):
+            profile.check_range(name, 0, most)
+        held = profile.tensors["heads"].shape[1], int(profile.tensors["kv_heads"])
+        if held != (layers, kv_heads) or profile.tensors["heads"].shape[2] % kv_heads:
             raise ValueError(
-                f"this profile is of {held} layers with {heads} query heads, which does not fit "
-                f"{layers} compressed layers with {kv_heads} KV heads; make one for this model"
+                f"this profile is of {held[0]} layers with {held[1]} KV heads, not of {layers} "
+                f"compressed layers with {kv_heads}; make one for this model"
             )
 
     def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
         """See the base."""
         assert facts.profile is not None
-        importance = self.importance(facts.profile, facts.kv_heads)
+        importance = self.importance(facts.profile)
         places = range(facts.layers) if facts.places is None else facts.places
         here, total = importance[list(places)], budget * facts.layers * facts.kv_heads
         least = max(floor, min(self.floor, budget))
@@ -84,8 +89,9 @@ class Baklava(Allocation):
             chosen = part, scale
         return tiers(here, total, least, most, *chosen)
 
-    def importance(self, profile: Profile, kv_heads: int) -> Tensor:
+    def importance(self, profile: Profile) -> Tensor:
         """float64 `[layers, K]`: of every KV head of the model, with mean about 1."""
-        kv = of_kv_heads(profile.tensors["heads"], kv_heads, self.group).mean(0)
+        heads, count = profile.tensors["heads"], int(profile.tensors["kv_heads"])
+        kv = of_kv_heads(heads, count, self.group).mean(0)
         layers = profile.tensors["layers"].double().mean(0)
         return combined(kv, layers if self.use_layer else None)

@@ -115,5 +115,11 @@ class Profile:
             if not bool(tensor.isfinite().all()):
                 raise self._damaged(f"{name!r} holds numbers that are not finite")
 
+    def check_range(self, name: str, least: float, most: float) -> None:
+        """Raises `ValueError` unless all numbers of this tensor lie between these."""
+        tensor = self.tensors[name]
+        if float(tensor.min()) < least or float(tensor.max()) > most:
+            raise self._damaged(f"{name!r} is not between {least} and {most}")
+
     def _damaged(self, reason: str) -> ValueError:
         return ValueError(f"this profile by {self.method!r} is damaged: {reason}; make it anew")
