@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 STOPPED = 130  # what shells say of a command that Ctrl-C ended
 _LINES = 10  # of progress in a pipe
+_AT_ONCE = 1.0  # seconds
 _MADE_UP = "made-up books"
 
 
@@ -184,13 +185,13 @@ def _print(told: dict[str, Any]) -> None:
 def _progress(what: str) -> Iterator[Callable[[float], None]]:
     """What `learn(tick=...)` wants: a bar with the time left, or lines where stderr is a pipe."""
     console, start = err(), time.monotonic()
-    first: float | None = None
+    given = 0.0  # the share that an earlier run left: it is told at once
 
     def times(share: float) -> str:
-        nonlocal first
-        first = share if first is None else first  # what an earlier run left cost no time now
+        nonlocal given
         elapsed = time.monotonic() - start
-        left = elapsed * (1 - share) / (share - first) if share > first else None
+        given = share if elapsed < _AT_ONCE else given
+        left = elapsed * (1 - share) / (share - given) if share > given else None
         return clock(elapsed) + ("" if left is None else f"  {clock(left)} left")
 
     if not console.is_terminal:
