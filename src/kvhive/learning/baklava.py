@@ -119,7 +119,9 @@ class BaklavaCalibration(Calibration):
         )
         heads = tuple(f"KV head {place}" for place in range(importance.shape[1]))
         return (
-            Picture("importance of a KV head times that of its layer; 1 is average", heads, importance),
+            Picture(
+                "importance of a KV head times that of its layer; 1 is average", heads, importance
+            ),
             Picture(chosen, heads, plan),
         )
 
