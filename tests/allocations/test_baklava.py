@@ -23,13 +23,13 @@ from tests.support import kept_sets, random_ids, read
 
 
 def profile(
-    layers: int = 2, kv_heads: int = 2, group: int = 2, seed: int = 0, **changed: Any
+    count: int = 2, kv_heads: int = 2, group: int = 2, seed: int = 0, **changed: Any
 ) -> Profile:
-    """Of two texts, with random importances; the search chose half of the heads, and 0.25."""
+    """Of two texts and `count` layers, of random importance; the search chose 0.5 and 0.25."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        "heads": torch.rand(2, layers, kv_heads * group, generator=generator).double(),
-        "layers": torch.rand(2, layers, generator=generator).double(),
+        "heads": torch.rand(2, count, kv_heads * group, generator=generator).double(),
+        "layers": torch.rand(2, count, generator=generator).double(),
         "kv_heads": torch.tensor([kv_heads]),
         "parts": torch.tensor([0.0, 0.5]),
         "scales": torch.tensor([0.25]),
@@ -102,13 +102,13 @@ def test_what_is_passed_on_as_it_is_changes_nothing() -> None:
 
 def test_a_head_that_changes_nothing_gets_the_floor() -> None:
     heads = torch.tensor([[[0.0, 0.0, 0.5, 0.7], [0.4, 0.4, 0.3, 0.2]]]).double()
-    made = profile(heads=heads, layers=2)
+    made = profile(heads=heads)
     shares = Baklava("proportional", floor=9).shares(Facts(2, 2, 1000, made), 100, 5)
     assert shares[0, 0] == 9
 
 
 def test_texts_in_another_order_give_the_same_shares() -> None:
-    made = profile(layers=5)
+    made = profile(5)
     turned = {name: made.tensors[name].flip(0) for name in ("heads", "layers")}
     other = replace(made, tensors={**made.tensors, **turned})
     for plan in PLANS:
@@ -156,7 +156,7 @@ def test_the_searched_plan_is_that_of_the_profile() -> None:
 
 
 def test_layers_that_are_left_whole_do_not_shift_the_others() -> None:
-    made = profile(layers=4)
+    made = profile(4)
     plan = Baklava("proportional")
     some = plan.shares(Facts(2, 2, 900, made, (1, 3)), 90, 5).double()
     weights = plan.importance(made)[[1, 3]]
@@ -191,7 +191,7 @@ def test_as_a_recipe(model: PreTrainedModel, tmp_path: Path) -> None:
         ({"layers": torch.rand(2, 3)}, r"'layers' has shape \(2, 3\), not \(T L\)"),
         ({"choice": torch.tensor([0.5])}, r"'choice' has shape \(1,\), not \(2\)"),
         ({"heads": torch.full((2, 2, 4), torch.nan)}, "'heads' holds numbers that are not finite"),
-        ({"layers": 3}, "of 3 layers with 2 KV heads, not of 2 compressed layers with 2"),
+        ({"count": 3}, "of 3 layers with 2 KV heads, not of 2 compressed layers with 2"),
         ({"kv_heads": 4, "group": 1}, "of 2 layers with 4 KV heads, not of 2 compressed layers"),
         ({"heads": torch.rand(2, 2, 3)}, "of 2 layers with 2 KV heads"),
         ({"heads": -torch.rand(2, 2, 4)}, "'heads' is not between 0 and 2"),

@@ -115,7 +115,7 @@ class Profile:
             if not bool(tensor.isfinite().all()):
                 raise self._damaged(f"{name!r} holds numbers that are not finite")
 
-    def check_range(self, name: str, least: float, most: float) -> None:
+    def check_range(self, name: str, least: int, most: int) -> None:
         """Raises `ValueError` unless all numbers of this tensor lie between these."""
         tensor = self.tensors[name]
         if float(tensor.min()) < least or float(tensor.max()) > most:

@@ -119,7 +119,9 @@ class BaklavaCalibration(Calibration):
         )
         heads = tuple(f"KV head {place}" for place in range(importance.shape[1]))
         return (
-            Picture("importance of a KV head times that of its layer; 1 is average", heads, importance),
+            Picture(
+                "importance of a KV head times that of its layer; 1 is average", heads, importance
+            ),
             Picture(chosen, heads, plan),
         )
 
@@ -142,7 +144,7 @@ class BaklavaCalibration(Calibration):
     def _plans(self) -> list[Baklava]:
         """Uniform, the rest of the grid, and in proportion."""
         grid = [_tiers(part, scale) for part, scale in product(self.low_fracs, self.low_scales)]
-        return [*dict.fromkeys([_tiers(0, 1), *grid]), Baklava(allocation="proportional")]
+        return [*dict.fromkeys([_tiers(0.0, 1.0), *grid]), Baklava(allocation="proportional")]
 
     def _recipe(self, plan: Baklava) -> Recipe:
         return replace(Recipe.parse(f"{self.policy}@{self.budget!r}"), allocation=plan)
