@@ -22,6 +22,7 @@ TIERS = (  # from the ground up: a place knows places of lower tiers and its own
     {"recipe", "model"},
     {"cache"},
     {"inference", "planning"},
+    {"learning"},
     {"comparison"},
     {"html"},
     {"evaluation"},

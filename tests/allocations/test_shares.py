@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvhive.allocations import ALLOCATIONS, Allocation, Facts
 
-OWN = [member() for member in ALLOCATIONS.values() if member.profile is None]
+OWN = [member() for member in ALLOCATIONS.values() if member.calibration is None]
 MORE = [
     ALLOCATIONS["pyramid"](beta=3),
     ALLOCATIONS["pyramid"](beta=50, min_past=4),

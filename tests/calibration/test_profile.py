@@ -32,7 +32,7 @@ def parts() -> Iterator[list[LayerFacts]]:
     class Weighted(Allocation):
         """Layers by weight."""
 
-        profile: ClassVar[str | None] = "weighted"
+        calibration: ClassVar[str | None] = "weighted"
 
         def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
             """As the profile says."""
@@ -45,7 +45,7 @@ def parts() -> Iterator[list[LayerFacts]]:
     class Knowing(Dense):
         """Dense, and asks for a profile."""
 
-        profile: ClassVar[str | None] = "weighted"
+        calibration: ClassVar[str | None] = "weighted"
 
         def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Any:
             """Remember what it was told."""
@@ -113,7 +113,7 @@ def test_a_profile_of_another_model_is_refused() -> None:
 
 def test_a_profile_that_is_missing_or_not_read_is_said() -> None:
     model = tiny_llama()
-    with pytest.raises(ValueError, match="weighted reads a profile made by 'weighted'; give it"):
+    with pytest.raises(ValueError, match="weighted reads a profile, and none of this model comes"):
         HiveCache.for_model(model, "window@40/weighted")
     with pytest.raises(ValueError, match="reads no profile, but one by 'weighted' was given"):
         HiveCache.for_model(model, "window@40", profile=mine(model))

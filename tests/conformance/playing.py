@@ -13,6 +13,7 @@ from kvhive.budget import Budget
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.progress import Progress
+from kvhive.calibration import Profile
 from kvhive.policies import Policy
 from kvhive.rope import Rotation
 from kvhive.stores.dense import Dense
@@ -40,11 +41,12 @@ def make_layers(
     rotation: Rotation | None = None,
     slack: int | None = 0,
     allocation: Allocation | None = None,
+    profile: Profile | None = None,
 ) -> list[HiveLayer]:
-    """The layers of a model, as in a cache. allocation: None for uniform."""
+    """The layers of a model, as in a cache. allocation: None for uniform; profile: for it."""
     policies = [policy.for_layer(place, count, budget) for place in range(count)]
     tokens = None if budget is None else Budget(tokens=budget)
-    limits = Limits(policies, tokens, allocation or Uniform(), slack)
+    limits = Limits(policies, tokens, allocation or Uniform(), slack, profile)
     progress = Progress(count, limits)
     layers: list[HiveLayer] = []
     for place, own in enumerate(policies):

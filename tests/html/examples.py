@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvhive.cache.report import Report
+from kvhive.calibration import Profile
 from kvhive.comparison.result import Answer, Fidelity, Result
 from kvhive.comparison.results import Results
 from kvhive.comparison.shading import Word
@@ -15,7 +16,9 @@ from kvhive.comparison.survivors import Survivors
 from kvhive.evaluation.report.page import report_page as evaluation_page
 from kvhive.evaluation.report.run import Run
 from kvhive.html.kept import kept_page
+from kvhive.html.profile import profile_page
 from kvhive.html.report import report_page as compare_page
+from kvhive.learning import Picture
 
 RECIPES = ("full", "buzz@0.2", "buzz@0.4", "h2o(recent=20)@0.2", "h2o(recent=20)@0.4", "tova@90")
 TASKS = ("passkey(lengths=(300, 500), depths=(0.0, 1.0))", "shared_context(asked=3, turns=True)")
@@ -55,6 +58,18 @@ def run(recipes: tuple[str, ...] = RECIPES) -> Run:
     return Run.made_of("made up", settings, facts, rows, [])
 
 
+def profile() -> Profile:
+    """Of which only the origin is shown."""
+    return Profile("zigzag", "0" * 64, "texts", "2026-11-28", {})
+
+
+def pictures() -> tuple[Picture, ...]:
+    """A narrow one, and one that is wider than a phone."""
+    values = torch.rand(LAYERS, 12, generator=torch.Generator().manual_seed(0))
+    titles = tuple(f"head {place}" for place in range(12))
+    return Picture("shares", titles[:2], values[:, :2], ".1%"), Picture("needs", titles, values)
+
+
 def pages(spoil: Any = lambda value: value) -> dict[str, str]:
     """All pages. spoil: what is done to every value they are made of."""
     found, survivors = spoil(results()), results()[1].survivors
@@ -65,6 +80,7 @@ def pages(spoil: Any = lambda value: value) -> dict[str, str]:
         "compare": compare_page(found, name, facts, notes, texts * SEEN, command),
         "show": kept_page(shaded, texts * SEEN, survivors, report, name, facts, command),
         "evaluation": evaluation_page(spoil(run()), command),
+        "profile": profile_page(spoil(profile()), spoil(pictures()), name, spoil("h2o"), command),
     }
 
 
@@ -75,7 +91,7 @@ def spoiled(payload: str) -> Any:
     """
     keep = {"full", "none", "share", "model", "dtype", "seed", "recipes"}
     keep |= {"task", "mode", "item", "recipe", "kept", "bytes", "scores", "probes", "facts", "text"}
-    keep |= {"turn", "length", "depth"}
+    keep |= {"turn", "length", "depth", ".1%", ".2f"}
 
     def spoil(value: Any) -> Any:
         if isinstance(value, str):

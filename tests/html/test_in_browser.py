@@ -6,7 +6,7 @@ import pytest
 
 from tests.html import examples
 
-PAGES = ("compare", "show", "evaluation")
+PAGES = ("compare", "show", "evaluation", "profile")
 A4 = 1040  # pixels across: 297 mm less the margins
 MANY = tuple(f"streaming_llm(sink={sink})@0.{share}" for sink in (4, 8) for share in (1, 2, 4))
 
@@ -28,7 +28,7 @@ def test_a_page_is_no_wider_than_its_window(visit, pages, name, width):
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
-@pytest.mark.parametrize("name", ["compare", "evaluation"])
+@pytest.mark.parametrize("name", ["compare", "evaluation", "profile"])
 def test_a_narrow_table_scrolls_in_itself_and_says_so(visit, pages, name):
     page = visit(pages[name], 390)
     assert page.locator(".hint").first.is_visible()
@@ -42,7 +42,7 @@ def test_a_narrow_table_scrolls_in_itself_and_says_so(visit, pages, name):
     assert first["x"] >= 0
 
 
-@pytest.mark.parametrize("name", ["compare", "evaluation"])
+@pytest.mark.parametrize("name", ["compare", "evaluation", "profile"])
 def test_every_column_is_there_at_1280_and_on_paper(visit, pages, name):
     for width, media in ((1280, "screen"), (A4, "print")):
         page = visit(pages[name], width)

@@ -25,7 +25,7 @@ def apportion(
             f"allocation: {total} tokens cannot be shared out; all heads together take between "
             f"{bounds[0]} and {bounds[1]}"
         )
-    return largest_remainder(_level(weights, float(total), low, high), total)
+    return largest_remainder(level(weights, float(total), low, high), total)
 
 
 def largest_remainder(real: Tensor, total: int) -> Tensor:
@@ -41,8 +41,11 @@ def largest_remainder(real: Tensor, total: int) -> Tensor:
     return whole.long().view_as(real)
 
 
-def _level(weights: Tensor, total: float, low: Tensor, high: Tensor) -> Tensor:
-    """float64: clamp(level * weights, low, high), at the level where the sum is `total`."""
+def level(weights: Tensor, total: float, low: Tensor, high: Tensor) -> Tensor:
+    """float64: clamp(level * weights, low, high), at the level where the sum is `total`.
+
+    All float64, of one shape; `total` between the sums of low and high.
+    """
     largest = weights.max()
     scale = weights / largest if largest > 0 else torch.ones_like(weights)
     scale = scale.clamp_min(1e-12)  # what weighs nothing takes what the others cannot

@@ -19,13 +19,15 @@ class Facts:
     """What an allocation knows of a row when it shares out.
 
     layers: those that are compressed and limited. kv_heads: in each of them. seen: real tokens that
-    the row has seen. profile: of the model, where the allocation asks for one.
+    the row has seen. profile: of the model, where the allocation asks for one. places: which of all
+    compressed layers are limited; None: the first.
     """
 
     layers: int
     kv_heads: int
     seen: int
     profile: Profile | None = None
+    places: tuple[int, ...] | None = None
 
     def even(self, budget: int) -> Tensor:
         """int64 `[layers, kv_heads]`: `budget` for every head."""
@@ -38,16 +40,26 @@ class Allocation(Spec):
 
     Class facts: `source` (paper), `compete` (who shares anew at each eviction, by the scores tokens
     have then: nobody, "none": the shares are fixed; the heads of a "layer"; or all heads of the
-    "model", which then evicts when its last layer has attended), `profile` (the method of the
+    "model", which then evicts when its last layer has attended), `calibration` (the method whose
     profile it reads; None for no profile).
     """
 
     source: ClassVar[str] = ""
     compete: ClassVar[Literal["none", "layer", "model"]] = "none"
-    profile: ClassVar[str | None] = None
+    calibration: ClassVar[str | None] = None
 
     def check(self, layers: int) -> None:
         """Raises `ValueError` for knobs that do not suit so many compressed layers."""
+
+    @property
+    def profile_file(self) -> str | None:
+        """The file of the profile, where a knob names one."""
+        return None
+
+    def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
+        """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:
+        compressed layers, and KV heads in each of them.
+        """
 
     def shares(self, facts: Facts, budget: int, floor: int) -> Tensor:
         """int64 `[layers, kv_heads]` on the CPU, with sum exactly `budget * layers * kv_heads`.

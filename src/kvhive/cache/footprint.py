@@ -19,6 +19,7 @@ from kvhive.cache.eviction import Eviction
 from kvhive.cache.layer import FEW, HiveLayer
 from kvhive.cache.limits import UNLIMITED, Limits
 from kvhive.cache.positions import bytes_held_twice
+from kvhive.cache.profiles import profile_by_shape
 from kvhive.cache.progress import Progress
 from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
@@ -89,7 +90,8 @@ def footprint(
 
     Exact but for: room that an eviction leaves unused, and keys held twice where positions are
     counted in the cache (counted for every token that may be older than a dropped one). A policy
-    that shares out among heads is taken at its most uneven. Raises `ValueError` when it depends on
+    that shares out among heads is taken at its most uneven. profile: None where the model is not
+    loaded: one that fits its shape is looked up. Raises `ValueError` when it depends on
     the number of tokens and that is not given.
     """
     share = recipe.budget is not None and recipe.budget.share is not None
@@ -98,6 +100,7 @@ def footprint(
     shapes = [outline.shapes[index] for index in outline.full_layers]
     tokens = None if recipe.budget is None else recipe.budget.tokens
     policies = [recipe.policy.for_layer(place, len(shapes), tokens) for place in range(len(shapes))]
+    profile = profile or profile_by_shape(recipe, outline)
     limits = Limits(policies, recipe.budget, recipe.allocation, recipe.slack, profile)
     limits.follow(Step.plain(0, work.tokens or 2), [work.tokens or 0], shapes[0].kv_heads)
     held, brought = [], []

@@ -19,6 +19,7 @@ from kvhive.cache.footprint import Workload
 from kvhive.cache.frozen import Frozen
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
+from kvhive.cache.profiles import profile_for
 from kvhive.cache.progress import Progress
 from kvhive.cache.report import Report, summary
 from kvhive.cache.room import HEADROOM
@@ -43,7 +44,7 @@ class HiveCache(Cache):
     """
 
     def __init__(self, recipe: Recipe, facts: ModelFacts, profile: Profile | None = None) -> None:
-        _check_profile(recipe, facts, profile)
+        profile = profile_for(recipe, facts, profile)
         self.recipe = recipe
         self.facts = facts
         self._warned = False  # of a prompt that came without its second pass
@@ -76,7 +77,8 @@ class HiveCache(Cache):
         work).
 
         recipe: a `Recipe` or its string, e.g. "buzz@0.4". profile: what was learnt about this model
-        beforehand, for a recipe that reads it; an object or a file. fits: instead of a budget, the
+        beforehand, for a recipe that reads it; an object or a file; None: the file that a knob of
+        the allocation names, or a profile that comes with kvhive. fits: instead of a budget, the
         most bytes the whole cache may hold between two steps ("24MiB"), for `batch` rows; the
         largest budget is taken. tokens: that will be read and written in all; needed where layers
         or a recipe hold what was read without a bound. turn: tokens that a step after the prompt
@@ -94,6 +96,7 @@ class HiveCache(Cache):
         if fits is not None:
             work = Workload(batch=batch, tokens=tokens, turn=turn)
             outline = Outline.of(model, facts.rotations or ())
+            profile = profile_for(parsed, facts, profile)
             parsed = fitted(recipe, fits, outline, work, profile)
         return cls(parsed, facts, profile)
 
@@ -304,17 +307,3 @@ def make_layers(
         layer = HiveLayer(own, recipe.store, progress, place, layers, turns[place], made, profile)
         layers.append(layer)
     return layers
-
-
-def _check_profile(recipe: Recipe, facts: ModelFacts, profile: Profile | None) -> None:
-    """Raises `ValueError` for a profile that is missing, not read, or of another model."""
-    readers = {part.name: part.profile for part in (recipe.allocation, recipe.store)}
-    wanted = {name: method for name, method in readers.items() if method is not None}
-    if profile is None and wanted:
-        name, method = next(iter(wanted.items()))
-        raise ValueError(f"{name} reads a profile made by {method!r}; give it with profile=")
-    if profile is not None and not wanted:
-        raise ValueError(f"{recipe} reads no profile, but one by {profile.method!r} was given")
-    for method in wanted.values():
-        assert profile is not None
-        profile.check(method, facts.fingerprint)

@@ -126,13 +126,14 @@ class HiveLayer(CacheLayerMixin):
     def check_model(self, config: object) -> None:
         """Raises `ValueError` unless this is the config of the model that the cache was made for.
 
-        A cache that was pickled knows its model by the fingerprint of the weights.
+        A cache that was pickled knows its model by the fingerprint and the dtype of the weights.
         """
         facts = self.facts
         if facts is None or config is None or config is facts.config:
             return
         theirs = facts_of(config)
-        if theirs is None or theirs.fingerprint != facts.fingerprint:
+        ours = facts.fingerprint, facts.dtype
+        if theirs is None or (theirs.fingerprint, theirs.dtype) != ours:
             raise ValueError(
                 f"this cache was made for another {facts.family} than the model that it is used "
                 "with; a cache belongs to one model: make one with HiveCache.for_model"

@@ -125,7 +125,8 @@ class Limits:
         if self.budget is None or not budgets:
             known = [UNLIMITED if limit is None else limit for limit in limited]
             return torch.tensor(known)[:, None].expand(-1, heads)
-        facts = Facts(len(budgets), heads, seen, self._profile)
+        places = tuple(place for place, limit in enumerate(limited) if limit is not None)
+        facts = Facts(len(budgets), heads, seen, self._profile, places)
         shares = iter(self.allocation.shares(facts, budgets[0], self.floor))
         free = torch.full((heads,), UNLIMITED)
         return torch.stack([free if limit is None else next(shares) for limit in limited])

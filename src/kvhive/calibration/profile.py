@@ -65,18 +65,23 @@ class Profile:
             )
         return cls(**{name: told[name] for name in _FIELDS}, tensors=tensors)
 
-    def save(self, path: str | Path) -> None:
-        """Write it, all or nothing. Raises `FileExistsError` rather than overwrite a file."""
-        from safetensors.torch import save_file
+    def save(self, path: str | Path, replace: bool = False) -> None:
+        """Write it, all or nothing. Raises `FileExistsError` rather than overwrite a file, unless
+        it is told to `replace` it.
+        """
+        from safetensors.torch import save
 
         path = expanded(path)
-        if path.exists():
+        if path.exists() and not replace:
             raise FileExistsError(f"{str(path)!r} exists; delete it first, or choose another name")
         told = {"kind": KIND} | {name: getattr(self, name) for name in _FIELDS}
         whole = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(dict(self.tensors), whole, metadata=told)
-            os.link(whole, path)  # fails where another process was faster
+            whole.write_bytes(save(dict(self.tensors), told))  # with the mode of new files
+            if replace:
+                os.replace(whole, path)
+            else:
+                os.link(whole, path)  # fails where another process was faster
         finally:
             whole.unlink(missing_ok=True)
 
@@ -89,3 +94,32 @@ class Profile:
                 f"this profile of {self.data!r} ({self.date}) was made for a model with "
                 "other weights; make one for this model"
             )
+
+    def check_tensors(self, shapes: Mapping[str, str]) -> None:
+        """Raises `ValueError` unless the profile holds these tensors, of finite numbers.
+
+        shapes: for each name its sizes, numbers or letters: "T L 2"; a letter is the same size
+        everywhere, at least 1.
+        """
+        sizes: dict[str, int] = {}
+        for name, shape in shapes.items():
+            tensor, letters = self.tensors.get(name), shape.split()
+            if tensor is None:
+                raise self._damaged(f"it has no {name!r}")
+            same = tensor.dim() == len(letters) and all(
+                size == (int(one) if one.isdigit() else sizes.setdefault(one, max(1, size)))
+                for one, size in zip(letters, tensor.shape, strict=True)
+            )
+            if not same:
+                raise self._damaged(f"{name!r} has shape {tuple(tensor.shape)}, not ({shape})")
+            if not bool(tensor.isfinite().all()):
+                raise self._damaged(f"{name!r} holds numbers that are not finite")
+
+    def check_range(self, name: str, least: int, most: int) -> None:
+        """Raises `ValueError` unless all numbers of this tensor lie between these."""
+        tensor = self.tensors[name]
+        if float(tensor.min()) < least or float(tensor.max()) > most:
+            raise self._damaged(f"{name!r} is not between {least} and {most}")
+
+    def _damaged(self, reason: str) -> ValueError:
+        return ValueError(f"this profile by {self.method!r} is damaged: {reason}; make it anew")

@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from kvhive import __version__
-from kvhive.cli import compare, doctor, evaluate, generate, lm_eval, plan, recipes, report, show
+from kvhive.cli import (
+    calibrate,
+    compare,
+    doctor,
+    evaluate,
+    generate,
+    lm_eval,
+    plan,
+    profile,
+    recipes,
+    report,
+    show,
+)
 from kvhive.cli.console import REFUSED, Commands, failed
 
 app = typer.Typer(
@@ -50,6 +62,8 @@ show.register(app)
 generate.register(app)
 plan.register(app)
 recipes.register(app)
+calibrate.register(app)
+profile.register(app)
 evaluate.register(app)
 report.register(app)
 lm_eval.register(app)

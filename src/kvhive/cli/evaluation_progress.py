@@ -69,11 +69,11 @@ def _lines() -> Show:
 
 
 def _times(state: State) -> str:
-    left = "" if state.left is None else f"  {_clock(state.left)} left"
-    return f"{_clock(state.elapsed)}{left}"
+    left = "" if state.left is None else f"  {clock(state.left)} left"
+    return f"{clock(state.elapsed)}{left}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """1:02:03, or 2:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -59,12 +59,14 @@ def fitted_to(model: PreTrainedModel, recipe: str, fit: str | None, work: Worklo
     """The recipe to run: as typed, or with the budget that fits. Raises as `cache.fitting`."""
     from kvhive.cache.attention import attach
     from kvhive.cache.fitting import fitted
+    from kvhive.cache.profiles import profile_for
     from kvhive.model.outline import Outline
 
     if fit is None:
         return read_recipe(recipe, None)
-    rotations = attach(model).rotations
-    return fitted(recipe, fit, Outline.of(model, rotations or ()), work)
+    facts = attach(model)
+    profile = profile_for(read_recipe(recipe, fit), facts)
+    return fitted(recipe, fit, Outline.of(model, facts.rotations or ()), work, profile)
 
 
 def fitted_recipes(

@@ -29,19 +29,12 @@ from kvhive.cli.console import (
 from kvhive.cli.fitting import Fit, OneRecipe, default_recipe, fitted_to, read_recipe
 from kvhive.cli.kept_all import kept_all
 from kvhive.cli.outputs import Force, check_stdout, prepared, write
+from kvhive.cli.shades import SHADES, shade_of
 
 if TYPE_CHECKING:
     from kvhive.cache.report import Report
     from kvhive.comparison.shading import Word
 
-# From hardly any head to all of them: dark to bright ground, with letters that stay readable on it.
-_SHADES = (
-    "#b9a98c on #2b2417",
-    "#d9c7a4 on #4a3815",
-    "#f3e6cc on #715012",
-    "#1a1408 on #b87c10",
-    "bold #1a1408 on #ffb020",
-)
 _GONE = "#767676"
 
 
@@ -138,14 +131,14 @@ def _style(share: float | None) -> str:
         return ""
     if not share:
         return _GONE
-    return _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
+    return shade_of(share)
 
 
 def _legend(heads: int) -> Text:
     legend = Text("\nkept by ", style="dim")
     legend.append(" no ", style=_GONE)
-    steps = len(_SHADES)
-    for place, style in enumerate(_SHADES, start=1):
+    steps = len(SHADES)
+    for place, style in enumerate(SHADES, start=1):
         limit = f"< {heads * place / steps:.0f}" if place < steps else f"<= {heads}"
         legend.append(f" {limit} ", style=style)
     legend.append(f" of {heads} heads", style="dim")

@@ -26,7 +26,7 @@ class ModelFacts:
     layers: number of layers. full_layers: indices of the full-attention layers, which are
     compressed; all others stay stock. rotations: how each of those layers turns its keys; a layer
     without rotary positions is not in it. None when the model has none at all that we can turn, and
-    then `no_rotation` says why.
+    then `no_rotation` says why. dtype: of the weights.
     """
 
     family: str
@@ -35,6 +35,7 @@ class ModelFacts:
     trained_length: int | None
     rotations: Mapping[int, Rotation] | None
     no_rotation: str
+    dtype: torch.dtype
     model: weakref.ref[PreTrainedModel] | None = None
     _fingerprint: list[str] = field(default_factory=list)
 
@@ -48,7 +49,8 @@ class ModelFacts:
         full = full_attention(model)
         rotations, reason = find_rotations(model, config, full)
         length = getattr(config, "max_position_embeddings", None)
-        return cls(family, config, full, length, rotations, reason, weakref.ref(model))
+        found = family, config, full, length, rotations, reason, model.dtype
+        return cls(*found, weakref.ref(model))
 
     def __deepcopy__(self, memo: object) -> ModelFacts:
         return self
@@ -58,7 +60,7 @@ class ModelFacts:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes, dtypes and some numbers of all parameters.
+        """SHA-256 over the names, shapes and some numbers of all parameters, whatever their dtype.
 
         Raises `ValueError` when it was never worked out and the model is gone.
         """
@@ -129,13 +131,16 @@ def facts_of(config: object) -> ModelFacts | None:
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the names, shapes, dtypes and some numbers of all parameters."""
+    """SHA-256 over the names, shapes and some numbers of all parameters.
+
+    Numbers are rounded to bfloat16, so that weights are the same in whatever dtype they are loaded.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
-        digest.update(some.double().cpu().numpy().tobytes())
+        digest.update(some.bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

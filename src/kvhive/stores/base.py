@@ -107,10 +107,10 @@ class LayerFacts:
 class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
-    profile: the method of the profile it reads; None for no profile.
+    calibration: the method whose profile it reads; None for no profile.
     """
 
-    profile: ClassVar[str | None] = None
+    calibration: ClassVar[str | None] = None
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..cases import Case
 from . import (
     adakv,
+    baklava,
     buzz,
     cascading_kv,
     corm,
@@ -19,10 +20,12 @@ from . import (
     snapkv,
     streaming_llm,
     tova,
+    zigzagkv,
 )
 
 REPLAYS: dict[str, Callable[[Case], None]] = {
     "adakv": adakv.replay,
+    "baklava": baklava.replay,
     "buzz": buzz.replay,
     "cascading_kv": cascading_kv.replay,
     "corm": corm.replay,
@@ -35,4 +38,5 @@ REPLAYS: dict[str, Callable[[Case], None]] = {
     "snapkv": snapkv.replay,
     "streaming_llm": streaming_llm.replay,
     "tova": tova.replay,
+    "zigzagkv": zigzagkv.replay,
 }

@@ -7,17 +7,9 @@ from dataclasses import dataclass
 from statistics import mean
 
 from kvhive.evaluation.statistics import Row
-from kvhive.templates import SHADES
+from kvhive.html.heat import HeatCell
 
 Place = tuple[float, float]  # length, depth
-
-
-@dataclass(frozen=True)
-class HeatCell:
-    """A mean score. shade: from 0 for the least of all recipes to `SHADES` for the most."""
-
-    text: str
-    shade: int
 
 
 @dataclass(frozen=True)
@@ -62,4 +54,4 @@ def _cell(value: float | None, low: float, high: float) -> HeatCell | None:
     if value is None:
         return None
     share = (value - low) / (high - low) if high > low else 1.0
-    return HeatCell(f"{value:.2f}", round(SHADES * share))
+    return HeatCell.of(f"{value:.2f}", share)
