@@ -10,7 +10,7 @@ from kvhive.stores import Store
 HEADROOM = 128  # most slots allocated ahead while decoding: one copy of the cache for so many
 LEAST = 16  # fewest; a short cache, which is quickly copied, grows by a quarter
 UNEVEN_HEADROOM = 64  # most where heads differ: every one of them has it, however little it holds
-UNEVEN_SHARE = 20  # and no more than 1 / UNEVEN_SHARE of what they hold on average
+UNEVEN_SHARE = 32  # and no more than 1 / UNEVEN_SHARE of what they hold on average
 
 
 def for_step(store: Store, step: Step, eviction: Eviction, frozen: bool) -> int:
