@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvhive.allocations import ALLOCATIONS
 from kvhive.evaluation.tasks import TASKS
+from kvhive.learning import CALIBRATIONS
 from kvhive.policies import POLICIES
 from kvhive.registry import Registry
 from kvhive.spec import MOST, Knob, Spec, knob, parse, split
@@ -22,7 +23,7 @@ from kvhive.stores import STORES
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 THINGS: Registry[Spec] = Registry("thing")
-REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, ALLOCATIONS, STORES, TASKS)
+REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, ALLOCATIONS, STORES, TASKS, CALIBRATIONS)
 REGISTERED = [(registry, name) for registry in REGISTRIES for name in registry]
 
 
@@ -231,7 +232,7 @@ def values(one: Knob, kind: Any = None) -> st.SearchStrategy[Any]:
         return st.one_of(*(values(one, part) for part in get_args(kind)))
     return {
         bool: st.booleans(),
-        int: st.integers(least, most) | st.integers(max(least, 0), min(most, 40)),
+        int: st.integers(least, most) | st.integers(max(least, 0), min(most, max(least, 0) + 40)),
         float: st.floats(one.least, one.most, allow_nan=False, allow_infinity=False),
         str: st.sampled_from(one.among) if one.among else st.text(),
         type(None): st.none(),

@@ -192,7 +192,9 @@ def test_every_calibration_is_of_a_method_that_reads_it() -> None:
     from kvhive.stores import STORES
 
     readers = [*ALLOCATIONS.values(), *STORES.values()]
-    assert set(CALIBRATIONS) <= {member.calibration for member in readers}
+    assert set(CALIBRATIONS) == {member.calibration for member in readers} - {None}
+    homes = [member.__module__ for member in CALIBRATIONS.values()]
+    assert homes == [f"kvhive.learning.{name}" for name in CALIBRATIONS]
 
 
 def test_a_typo_is_answered() -> None:
