@@ -33,7 +33,7 @@ def made(folder, tmp_path_factory):
 @pytest.fixture
 def recipe(made):
     """That reads it."""
-    return f"h2o@90/baklava(profile='{made}', allocation=proportional)"
+    return f"h2o@90/baklava(allocation=proportional, profile='{made}')"
 
 
 def test_show_and_generate(run, document, recipe):
