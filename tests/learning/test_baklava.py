@@ -122,7 +122,7 @@ def grid() -> list[str]:
 @torch.no_grad()
 def slow_loss(model: PreTrainedModel, made: Profile, ids: Tensor, plan: str) -> float:
     """By a cache of its own, which reads alone."""
-    recipe = f"streaming_llm(positions=original)@0.25/baklava(allocation={plan})"
+    recipe = f"h2o@0.25/baklava(allocation={plan})"
     cache = HiveCache.for_model(model, recipe, made)
     cache.read(ids[:, :192])
     with cache.freeze():

@@ -50,7 +50,7 @@ class BaklavaCalibration(Calibration):
     searched: int = knob(4, "pieces that plans are tried on, at most half of all", least=1)
     scored: int = knob(256, "tokens at the end of such a piece that are predicted", least=2)
     budget: float = knob(0.25, "share of the tokens that plans keep", least=0.01, most=0.99)
-    policy: str = knob("streaming_llm(positions=original)", "policy that plans are tried with")
+    policy: str = knob("h2o", "policy that plans are tried with")
     low_fracs: tuple[float, ...] = knob(
         (0.0, 0.25, 0.5, 0.75), "parts of the heads that get less", least=0, most=1
     )

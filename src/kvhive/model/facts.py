@@ -17,6 +17,7 @@ from kvhive.rope import Rotation
 
 _LATENT = ("kv_lora_rank", "kv_lora_dim")
 _SAMPLED = 64  # numbers of each parameter that make a fingerprint
+_FINE = 2**14  # smaller parts of them do not count: float16 loses some
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +134,16 @@ def facts_of(config: object) -> ModelFacts | None:
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over the names, shapes and some numbers of all parameters.
 
-    Numbers are rounded to bfloat16, so that weights are the same in whatever dtype they are loaded.
+    Numbers are rounded to bfloat16 and to whole parts of 1 / `_FINE`: the same weights have the
+    same fingerprint in float32 and bfloat16, and in float16 if they were kept in bfloat16.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
-        digest.update(some.bfloat16().float().cpu().numpy().tobytes())
+        rounded = (some.bfloat16().float() * _FINE).round() + 0.0  # no negative zero
+        digest.update(rounded.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
