@@ -27,7 +27,7 @@ from kvhive.policies.h2o import H2O
 from kvhive.policies.snapkv import SnapKV
 from kvhive.policies.streaming_llm import StreamingLLM
 from kvhive.recipe import Recipe
-from kvhive.stores.ragged import RaggedStore
+from kvhive.stores._ragged import RaggedStore
 from tests.contract.recipes import with_budget
 from tests.support import left_padded, random_ids, tiny
 

@@ -10,8 +10,8 @@ from kvhive.kernels import Ask, Needs, reference
 from kvhive.plan import Plan
 from kvhive.step import Step
 from kvhive.stores import STORES, LayerFacts
+from kvhive.stores._ragged import RaggedStore
 from kvhive.stores.dense import DenseStore
-from kvhive.stores.ragged import RaggedStore
 
 
 def fresh(tokens: int, batch: int = 2, heads: int = 3) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from kvhive.kernels import Ask, Needs, Observed, dispatch, reference, triton_rag
 from kvhive.memory import SMALLEST
 from kvhive.plan import Plan
 from kvhive.step import Step
+from kvhive.stores._ragged import RaggedStore
 from kvhive.stores.dense import DenseStore
-from kvhive.stores.ragged import RaggedStore
 
 WIDTH, VALUES = 8, 6
 EVERYTHING = [

@@ -12,8 +12,8 @@ from kvhive.kernels import Ask, Observed, attend, report
 from kvhive.memory import take, widen
 from kvhive.plan import Plan
 from kvhive.stores._merging import fold
+from kvhive.stores._ragged import RaggedStore
 from kvhive.stores.base import STORES, LayerFacts, Store, StoreKind
-from kvhive.stores.ragged import RaggedStore
 
 
 class DenseStore(Store):
