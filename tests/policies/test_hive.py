@@ -71,7 +71,8 @@ def slow_scores(policy: Hive, layers: list[Slots], row: int) -> list[list[dict[i
             for p, vote in head_votes.items():
                 score[p] = slow_rank(vote, every)
                 if head_given[p] > 0:
-                    score[p] = (score[p] + slow_rank(head_given[p], again)) / 2
+                    again_rank = slow_rank(head_given[p], again)
+                    score[p] = policy.weight * score[p] + (1 - policy.weight) * again_rank
             if policy.cell:
                 for cell in {p // policy.cell for p in score}:
                     members = [p for p in score if p // policy.cell == cell]
@@ -83,7 +84,13 @@ def slow_scores(policy: Hive, layers: list[Slots], row: int) -> list[list[dict[i
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     "policy",
-    [Hive(), Hive(pool=1), Hive(pool=3, reconstruct=False), Hive(cell=4), Hive(pool=3, cell=5)],
+    [
+        Hive(),
+        Hive(pool=1),
+        Hive(pool=3, reconstruct=False),
+        Hive(cell=4),
+        Hive(pool=3, cell=5, weight=0.2),
+    ],
     ids=str,
 )
 def test_scores_are_the_oracles(policy: Hive, seed: int) -> None:

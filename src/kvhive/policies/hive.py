@@ -50,6 +50,12 @@ class Hive(Policy):
     observed: int = knob(128, "last queries whose attention counts", least=1, most=2**12)
     pool: int = knob(7, "tokens that it is pooled over, an odd number", least=1, most=1023)
     reconstruct: bool = knob(True, "feed the context a second time, or rank by (a) alone")
+    weight: float = knob(
+        0.5,
+        "of rank (a) in the mean: less keeps single facts, more what the end looks at",
+        least=0,
+        most=1,
+    )
     chunk: int = knob(1024, "tokens that are repeated at a time", least=1)
     cell: int = knob(
         0,
@@ -119,12 +125,14 @@ def ranked(policies: Sequence[Hive], slots: Sequence[Slots]) -> list[Tensor]:
     valid = [one.valid for one in slots]
     votes = [policy.pooled(one) for policy, one in zip(policies, slots, strict=True)]
     score = shares_below(votes, valid)
+    weight = policies[0].weight
     if policies[0].reconstruct:
         given = [one["repeated"] for one in slots]
         known = [(one > 0) & real for one, real in zip(given, valid, strict=True)]
         again = shares_below(given, known)
         score = [
-            torch.where(one, (a + b) / 2, a) for one, a, b in zip(known, score, again, strict=True)
+            torch.where(one, weight * a + (1 - weight) * b, a)
+            for one, a, b in zip(known, score, again, strict=True)
         ]
     if (cell := policies[0].cell) == 0:
         return score
