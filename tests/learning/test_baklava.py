@@ -19,8 +19,15 @@ from kvhive.spec import parse
 from tests.cli.tiny import text, tokenizer
 from tests.support import random_ids, tiny, tiny_llama
 
+POLICY = "streaming_llm(positions=original)"  # whose choice depends on no rounding
 FEW = BaklavaCalibration(
-    pieces=3, tokens=256, searched=1, scored=64, low_fracs=(0.0, 0.5), low_scales=(0.25, 0.75)
+    policy=POLICY,
+    pieces=3,
+    tokens=256,
+    searched=1,
+    scored=64,
+    low_fracs=(0.0, 0.5),
+    low_scales=(0.25, 0.75),
 )
 TEXTS = [text(70), text(75), text(72)]
 
@@ -122,7 +129,7 @@ def grid() -> list[str]:
 @torch.no_grad()
 def slow_loss(model: PreTrainedModel, made: Profile, ids: Tensor, plan: str) -> float:
     """By a cache of its own, which reads alone."""
-    recipe = f"h2o@0.25/baklava(allocation={plan})"
+    recipe = f"{POLICY}@0.25/baklava(allocation={plan})"
     cache = HiveCache.for_model(model, recipe, made)
     cache.read(ids[:, :192])
     with cache.freeze():
@@ -170,6 +177,14 @@ def test_pictures_show_heads_and_the_plan(tmp_path: Path) -> None:
 def test_one_piece_is_too_few(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="learns from one piece of 256 tokens and searches on an"):
         calibrate(tiny_llama(), tokenizer(), FEW, TEXTS[:1], "one", tmp_path / "p")
+
+
+def test_predictions_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="numbers that are not finite; calibrate it in another"):
+        learn(tmp_path / "p", model=broken)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,13 @@ class BaklavaCalibration(Calibration):
                 logits = forward(model, cache, text[:, first:-1], keep=self.scored - 1)[0]
             target = text[0, first + 1 :].to(logits.device)
             losses.append(float(nn.functional.cross_entropy(logits.float(), target)))
-        return torch.tensor(losses, dtype=torch.float64)
+        tried = torch.tensor(losses, dtype=torch.float64)
+        if not bool(tried.isfinite().all()):
+            raise ValueError(
+                f"{facts.family} predicts numbers that are not finite; calibrate it in another "
+                "dtype, such as float32"
+            )
+        return tried
 
 
 def _tiers(part: float, scale: float) -> Baklava:
