@@ -51,7 +51,7 @@ class Hive(Policy):
     pool: int = knob(7, "tokens that it is pooled over, an odd number", least=1, most=1023)
     reconstruct: bool = knob(True, "feed the context a second time, or rank by (a) alone")
     weight: float = knob(
-        0.5,
+        0.3,
         "of rank (a) in the mean: less keeps single facts, more what the end looks at",
         least=0,
         most=1,
