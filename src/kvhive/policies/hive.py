@@ -42,7 +42,7 @@ class Hive(Policy):
     """
 
     source: ClassVar[str] = "ours"
-    cost: ClassVar[str] = "reads a prompt again (some 4 prefills where attention is most of the work); 8 bytes a slot"
+    cost: ClassVar[str] = "reads a prompt again, some 4 prefills for a small model; 8 bytes a slot"
     allocation: ClassVar[str] = "global"
 
     sink: int = knob(4, "first tokens kept for ever", least=0)

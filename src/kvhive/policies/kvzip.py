@@ -35,7 +35,7 @@ class KVzip(Policy):
     """
 
     source: ClassVar[str] = "arXiv:2505.23416"
-    cost: ClassVar[str] = "one more prefill, and the attention of its queries; 4 bytes a slot"
+    cost: ClassVar[str] = "reads a prompt again, some 7 prefills for a small model; 4 bytes a slot"
     allocation: ClassVar[str] = "global(floor=0.0)"
 
     sink: int = knob(4, "first tokens kept for ever", least=0)
