@@ -168,16 +168,20 @@ def _cell(mean: dict[str, float] | None) -> str:
 
 
 def plot(means: dict[tuple[str, str, str], dict[str, float]], file: Path) -> None:
-    """KL against measured bytes, a panel for each mode."""
+    """KL against measured bytes, a panel for each mode; allocations are left to the table."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    modes = [mode for mode in MODES if any(mode == m for _, _, m in means)]
+    figure, grid = plt.subplots(
+        1, len(modes), figsize=(8 * len(modes), 6), sharey=True, squeeze=False
+    )
+    axes, means = grid[0], {key: mean for key, mean in means.items() if "/" not in key[0]}
     policies = sorted({policy for policy, _, _ in means})
     styles = [(c, m) for m in "osv" for c in plt.get_cmap("tab10").colors]
-    for axis, mode in zip(axes, MODES, strict=True):
+    for axis, mode in zip(axes, modes, strict=True):
         for policy, (colour, marker) in zip(policies, styles, strict=False):
             means_here = [v for (p, _, m), v in means.items() if (p, m) == (policy, mode)]
             if not means_here:
@@ -190,7 +194,7 @@ def plot(means: dict[tuple[str, str, str], dict[str, float]], file: Path) -> Non
         axis.set(title=mode, xlabel="bytes held / full cache", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL to the full cache (nats a token)")
-    axes[1].legend(fontsize=8, ncol=2)
+    axes[-1].legend(fontsize=8, ncol=2)
     figure.tight_layout()
     figure.savefig(file)
 
