@@ -9,6 +9,11 @@ import pytest
 import torch
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("kvhive", deadline=None)
+settings.load_profile("kvhive")
 
 # Without a GPU, Triton's programs run in its interpreter. Triton reads this when it is imported,
 # which transformers does by way of torch's compiler.

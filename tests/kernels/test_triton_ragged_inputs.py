@@ -29,11 +29,11 @@ def test_without_triton_one_sentence_says_so() -> None:
 
 
 def test_available_says_whether_triton_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ragged.importlib.util, "find_spec", lambda name: None)
-    assert not triton_ragged.available()
-    monkeypatch.undo()
-    monkeypatch.setattr(triton_ragged.importlib.util, "find_spec", lambda name: name)
-    assert triton_ragged.available()
+    for found in (None, "there"):
+        monkeypatch.setattr(triton_ragged.importlib.util, "find_spec", lambda name, is_=found: is_)
+        triton_ragged.available.cache_clear()
+        assert triton_ragged.available() == (found is not None)
+    triton_ragged.available.cache_clear()
 
 
 def test_a_report_of_nothing_takes_nothing() -> None:

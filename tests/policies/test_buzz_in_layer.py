@@ -117,7 +117,7 @@ def test_within_the_budget_nothing_is_lost(policy: Policy) -> None:
 
 def test_a_row_within_its_limit_is_not_touched_for_the_sake_of_another() -> None:
     """With slack, a row between target and limit keeps its tokens and its sample of none."""
-    layer = make_layer(Buzz(**SIZES), 20, slack=4)
+    layer = make_layer(Buzz(preset="paper", **SIZES), 20, slack=4)
     long, short = Text(8, 40), Text(9, 40)
     real = torch.ones(2, 20, dtype=torch.bool)
     real[1, :2] = False

@@ -10,6 +10,7 @@ from kvhive.stores import Store
 HEADROOM = 128  # most slots allocated ahead while decoding: one copy of the cache for so many
 LEAST = 16  # fewest; a short cache, which is quickly copied, grows by a quarter
 UNEVEN_HEADROOM = 64  # most where heads differ: every one of them has it, however little it holds
+UNEVEN_LEAST = 6  # fewest, a copy of a short cache in so many steps
 UNEVEN_SHARE = 32  # and no more than 1 / UNEVEN_SHARE of what they hold on average
 
 
@@ -58,4 +59,4 @@ def headroom(held: int) -> int:
 
 def uneven_headroom(held: int) -> int:
     """The same for heads that differ and hold so many on average."""
-    return min(UNEVEN_HEADROOM, 1 + held // UNEVEN_SHARE)
+    return min(UNEVEN_HEADROOM, max(UNEVEN_LEAST, held // UNEVEN_SHARE))
