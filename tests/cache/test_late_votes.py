@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvhive.cache.layer import FEW
+from kvhive.cache.late_votes import FEW
 from kvhive.kernels import TOGETHER
 from kvhive.policies import POLICIES
 from tests.support import Feeder
@@ -39,8 +39,8 @@ def test_late_votes_are_the_same_votes(recipe: str, monkeypatch: pytest.MonkeyPa
     kept = []
     for count in (580, *[1] * 150, 12, *[1] * 60):
         late.step(count)
-        waited = max(waited, len(late.layer._unheard))
-        assert len(late.layer._unheard) <= late.layer.slots.length // FEW
+        waited = max(waited, len(late.layer.late))
+        assert len(late.layer.late) <= late.layer.slots.length // FEW
         kept.append(late.layer.slots.position.clone())
     assert waited > 4, "nobody waited"
     late.check()
@@ -48,7 +48,7 @@ def test_late_votes_are_the_same_votes(recipe: str, monkeypatch: pytest.MonkeyPa
         eager = at_once(recipe, patch)
         for count, expected in zip((580, *[1] * 150, 12, *[1] * 60), kept, strict=True):
             eager.step(count)
-            assert not eager.layer._unheard
+            assert not eager.layer.late
             assert torch.equal(eager.layer.slots.position, expected)
         for name in eager.layer.policy.columns:
             ours, theirs = late.layer.slots[name].double(), eager.layer.slots[name].double()
@@ -62,13 +62,13 @@ def test_whoever_looks_finds_all_votes() -> None:
     for _ in range(5):
         feeder.step(1)
     layer = feeder.layer
-    assert len(layer._unheard) == 5
+    assert len(layer.late) == 5
     total = float(layer.slots["score"].sum())
     assert total == pytest.approx(605 * feeder.heads, rel=1e-4)
-    assert not layer._unheard
+    assert not layer.late
     feeder.step(1)
     layer.reorder_cache(torch.tensor([0, 0]))
-    assert not layer._unheard
+    assert not layer.late
     assert layer.slots["score"].shape[0] == 2
 
 

@@ -56,11 +56,6 @@ class Baklava(Allocation):
     use_layer: bool = knob(True, "weigh heads by the importance of their layer too")
     profile: str | None = knob(None, "file of the profile; none: one that comes with kvhive")
 
-    @property
-    def profile_file(self) -> str | None:
-        """See the base."""
-        return self.profile
-
     def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
         """See the base."""
         profile.check_tensors(SHAPES)

@@ -53,8 +53,9 @@ class Allocation(Spec):
 
     @property
     def profile_file(self) -> str | None:
-        """The file of the profile, where a knob names one."""
-        return None
+        """The file of the profile, where a knob called `profile` names one."""
+        file: str | None = getattr(self, "profile", None)
+        return file
 
     def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
         """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:

@@ -16,7 +16,8 @@ import torch
 from kvhive.allocations.uniform import Uniform
 from kvhive.cache import room
 from kvhive.cache.eviction import Eviction
-from kvhive.cache.layer import FEW, HiveLayer
+from kvhive.cache.late_votes import patience
+from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import UNLIMITED, Limits
 from kvhive.cache.positions import bytes_held_twice
 from kvhive.cache.profiles import profile_by_shape
@@ -169,7 +170,7 @@ class _Layer:
         if work.tokens is None or work.tokens > SHORT_MAX:
             slot += _WIDER
         total = shape.kv_heads * (slots * slot + rest + _ROW * self.uneven)
-        waiting = max(0, min(policy.needs.together, slots // FEW) - 1)
+        waiting = max(0, patience(policy.needs.together, slots) - 1)
         total += waiting * shape.heads * shape.key_width * shape.dtype.itemsize
         if self.turning:
             kept = min(slots, self.limit or slots)

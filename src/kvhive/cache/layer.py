@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvhive.cache import room
 from kvhive.cache.eviction import Eviction, excess_together, plan_together
 from kvhive.cache.handoff import offer
+from kvhive.cache.interface import CacheLayer
+from kvhive.cache.late_votes import LateVotes, patience
 from kvhive.cache.modes import plain
 from kvhive.cache.pending import Pending
 from kvhive.cache.positions import Turning
@@ -28,10 +29,9 @@ from kvhive.step import Phase, Step, in_order
 from kvhive.stores import LayerFacts, Store, StoreKind
 
 REPEATING = Needs(queries=True, keys=True)  # of the second pass (`cache/reconstruction.py`)
-FEW = 64  # slots held for each query that waits for its vote
 
 
-class HiveLayer(CacheLayerMixin):
+class HiveLayer(CacheLayer):
     """Keys, values and slots of one attention layer, kept within the policy's limits.
 
     policy: who decides. kind: the form of storage. progress: what all layers of the cache share,
@@ -39,9 +39,6 @@ class HiveLayer(CacheLayerMixin):
     one are). rotation: given when positions are counted inside the cache. written: how the model
     turned the keys it wrote, where that is known. profile: of the model, for the store.
     """
-
-    is_sliding = False
-    is_compileable = False
 
     def __init__(
         self,
@@ -89,7 +86,7 @@ class HiveLayer(CacheLayerMixin):
         self.appended = 0  # tokens added since the last eviction: what `crop` can take back
         self.pending: list[Pending] = []  # steps that `crop` may still take back
         self._waiting: tuple[Tensor, Tensor] | None = None  # handed in, not attended yet
-        self._unheard: list[Tensor] = []  # queries `[b, H, 1, d]` of the newest slots, yet to vote
+        self.late = LateVotes()
         self._scale = 1.0
         self._growing = 1  # tokens that the next step may bring, as the last one did
         self.turning.reset()
@@ -169,7 +166,10 @@ class HiveLayer(CacheLayerMixin):
             votes = query if self.policy.needs.votes else None
             self.pending.append(Pending.of(step, scale, votes, keys, values))
         elif later:
-            self._let_wait(query, seen)
+            self._scale = seen.scale
+            self.late.add(query, seen.scale)
+            if len(self.late) >= self._patience:
+                self._hear()
             self._fit(step)
         else:
             self._conclude(step, seen)
@@ -248,8 +248,6 @@ class HiveLayer(CacheLayerMixin):
         elif self.eviction.due(self.slots, step.fresh):
             self.evict(decoding=step.phase == "decode")
 
-    # ---- votes that wait ------------------------------------------------------------------------
-
     def _may_vote_later(self, step: Step) -> bool:
         """Whether what attention gave in this step can be worked out together with later steps."""
         singly = step.phase == "decode" and step.real is None
@@ -257,25 +255,15 @@ class HiveLayer(CacheLayerMixin):
 
     @property
     def _patience(self) -> int:
-        """Queries that may wait: few beside what is held."""
-        return min(self.policy.needs.together, self.slots.length // FEW)
-
-    def _let_wait(self, query: Tensor, seen: Observed) -> None:
-        self._scale = seen.scale
-        self._unheard.append(_alone(query.detach()))
-        if len(self._unheard) >= self._patience:
-            self._hear()
+        return patience(self.policy.needs.together, self.slots.length)
 
     @plain
     def _hear(self) -> None:
         """Let the queries vote that have waited; nothing they saw has gone since."""
-        if not self._unheard:
-            return
-        query, self._unheard = torch.cat(self._unheard, 2), []
-        count = query.shape[2]
-        step = Step.plain(self.progress.seen - count, count, "decode")
-        ask = self._ask(step, self._scale, self.policy.needs)
-        self.policy.observe(self.slots, self.store.report(query, ask))
+        if len(self.late):
+            step, query = self.late.take(self.progress.seen)
+            ask = self._ask(step, self.late.scale, self.policy.needs)
+            self.policy.observe(self.slots, self.store.report(query, ask))
 
     # ---- eviction -------------------------------------------------------------------------------
 
@@ -337,6 +325,7 @@ class HiveLayer(CacheLayerMixin):
         self.slots.adopt(plan)
         wanted = room.after_eviction(plan, self._growing, self.eviction)
         self.store = self.turning.compact(self.store, self.slots, plan, wanted, self.progress.seen)
+        self.slots.pack(self.store.nbytes)
         self.eviction.forget()
         self.evicted, self.appended = True, 0
 
@@ -354,42 +343,7 @@ class HiveLayer(CacheLayerMixin):
             self.slots.compact(plan, self.store.room)
             self.eviction.forget()
 
-    # ---- what transformers asks of a cache layer -------------------------------------------------
-
-    def get_seq_length(self) -> int:
-        """Tokens SEEN, padding included, so that position ids stay right; not tokens kept."""
-        waiting = 0 if self._waiting is None else self._waiting[0].shape[2]
-        return self.progress.seen_by(self.place) + waiting
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(tokens seen after this step, 0): the padding mask spans all that was seen."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit on what may be seen."""
-        return -1
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether `crop` can take the newest tokens back without a trace."""
-        return self.progress.recording or not (self.evicted or self.policy.needs.votes)
-
-    @property
-    def record_past(self) -> bool:
-        """Whether votes and evictions wait for `crop`."""
-        return self.progress.recording
-
-    @record_past.setter
-    def record_past(self, recording: bool) -> None:
-        self.progress.recording = self.progress.opening = recording
-
-    def activate_past_recording(self) -> None:
-        """Postpone votes and evictions until `crop`, as speculative decoding needs it.
-
-        What comes first is taken for a prompt with its first draft, all later steps for drafts.
-        """
-        if self.place == 0:
-            self.record_past = True
+    # ---- rows, and tokens taken back -------------------------------------------------------------
 
     @property
     def is_quiet(self) -> bool:
@@ -422,31 +376,10 @@ class HiveLayer(CacheLayerMixin):
         if self.place == 0:
             self.progress.select_rows(rows)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, copies side by side."""
-        rows = torch.arange(self.slots.batch, device=self.device)
-        self.reorder_cache(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows of the batch (indices or a bool mask)."""
-        if self.slots.length:
-            rows = torch.arange(self.slots.batch, device=self.device)
-            self.reorder_cache(rows[indices.to(self.device)])
-
-    def offload(self) -> None:
-        """Refused: attention reads the store where it lies. Raises `ValueError`."""
-        raise ValueError(
-            "a HiveCache cannot be offloaded: attention reads its keys and values where they lie; "
-            "use a smaller budget, or transformers' own cache with offloading"
-        )
-
-    prefetch = offload
-
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor this layer holds."""
-        held = self.store.nbytes + self.slots.nbytes + self.turning.nbytes
-        held += sum(query.untyped_storage().nbytes() for query in self._unheard)
+        held = self.store.nbytes + self.slots.nbytes + self.turning.nbytes + self.late.nbytes
         return held + sum(pending.nbytes for pending in self.pending)
 
     @property
@@ -464,9 +397,3 @@ class HiveLayer(CacheLayerMixin):
             f"{self._shape(keys)}; a cache belongs to one model and one batch: make a new one, or "
             "call reset()"
         )
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if it is part of something larger that it would keep alive."""
-    whole = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-    return tensor.clone() if whole else tensor
