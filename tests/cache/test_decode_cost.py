@@ -147,6 +147,18 @@ def test_ragged_heads_do_not_ask_either(
     assert not watch.asked
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [SnapKV(window=8), H2O(recent=4), StreamingLLM()], ids=str)
+def test_heads_that_differ_cost_what_they_hold(policy: Policy) -> None:
+    """Slots, scores, offsets and headroom included, after a prompt and while decoding."""
+    model = tiny("llama", head_dim=64)
+    cache = HiveCache.for_model(model, Recipe(policy, Budget(tokens=300), Spread()))
+    for step in (random_ids(1, 480), *(random_ids(1, 1, seed=seed) for seed in range(30))):
+        model(step, past_key_values=cache)
+        held = cache.report().kept.sum()
+        assert cache.nbytes <= 1.1 * int(held) * 2 * 64 * 4
+
+
 def test_a_question_would_be_noticed(model: PreTrainedModel) -> None:
     cache = HiveCache.for_model(model, "h2o@24")
     assert watched(model, cache, padded=False).asked
