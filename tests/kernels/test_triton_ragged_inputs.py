@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvhive import kernels
 from kvhive.kernels import Needs, triton_ragged
 from kvhive.kernels.ragged import Extents
 from tests.kernels.ragged_cases import case
@@ -15,8 +16,9 @@ from tests.kernels.ragged_cases import case
 
 @pytest.fixture(autouse=True)
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where Triton is not installed."""
+    """As where Triton is not installed, whatever an earlier test imported."""
     monkeypatch.setitem(sys.modules, "kvhive.kernels.triton_programs", None)
+    monkeypatch.delattr(kernels, "triton_programs", raising=False)
 
 
 def test_without_triton_one_sentence_says_so() -> None:
