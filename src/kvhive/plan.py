@@ -21,6 +21,7 @@ class Plan:
     longest: the largest count.
     into: int64 `[b, K, n]`, for each slot held now the slot whose key and value it is folded into
     (their plain mean, summed in float32), -1 for none; None: nothing is folded.
+    dropped: bool `[b, K, n]`, which of the slots held a token that goes; None: none did.
     columns `[b, K, n, ...]`, counters `[b, K]`: what the policy knows of the slots held now, where
     the eviction changes that.
     """
@@ -33,6 +34,7 @@ class Plan:
     into: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counters: Mapping[str, Tensor] = field(default_factory=dict)
+    dropped: Tensor | None = None
     _rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -42,6 +44,7 @@ class Plan:
         into: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
         counters: Mapping[str, Tensor] | None = None,
+        dropped: Tensor | None = None,
     ) -> Plan:
         """From bool `[b, K, n]`. Asks the device for the counts, once."""
         count = keep.sum(-1)
@@ -52,7 +55,8 @@ class Plan:
         else:
             order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices
             index = order[..., keep.shape[-1] - longest :]
-        return cls(keep, index, count, tally, longest, into, columns or {}, counters or {})
+        known = columns or {}, counters or {}
+        return cls(keep, index, count, tally, longest, into, *known, dropped)
 
     @cached_property
     def holes(self) -> bool:

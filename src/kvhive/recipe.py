@@ -75,6 +75,7 @@ class Recipe:
             )
 
         self._check_allocation()
+        self.store.check(name, self.positions or self.policy.position_rule, self.policy.merges)
 
     def _check_allocation(self) -> None:
         """Raises `ValueError` for an allocation that this policy leaves nothing to share out."""

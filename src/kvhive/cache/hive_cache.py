@@ -78,7 +78,7 @@ class HiveCache(Cache):
 
         recipe: a `Recipe` or its string, e.g. "buzz@0.4". profile: what was learnt about this model
         beforehand, for a recipe that reads it; an object or a file; None: the file that a knob of
-        the allocation names, or a profile that comes with kvhive. fits: instead of a budget, the
+        its allocation or store names, or a profile that comes with kvhive. fits: instead of a budget, the
         most bytes the whole cache may hold between two steps ("24MiB"), for `batch` rows; the
         largest budget is taken. tokens: that will be read and written in all; needed where layers
         or a recipe hold what was read without a bound. turn: tokens that a step after the prompt

@@ -25,12 +25,16 @@ class Store(ABC):
     """
 
     length: int
-    knows_empty: ClassVar[bool] = False  # whether attention needs `Ask.valid` for padding alone
 
     @property
     @abstractmethod
     def room(self) -> int:
         """Slots there is room for."""
+
+    @property
+    def knows_empty(self) -> bool:
+        """Whether attention needs `Ask.valid` for padding alone."""
+        return False
 
     @property
     def mean(self) -> int:
@@ -111,6 +115,24 @@ class StoreKind(Spec):
     """
 
     calibration: ClassVar[str | None] = None
+
+    @property
+    def profile_file(self) -> str | None:
+        """The file of the profile, where a knob called `profile` names one."""
+        file: str | None = getattr(self, "profile", None)
+        return file
+
+    def check(self, policy: str, positions: str, merges: bool) -> None:
+        """Raises `ValueError` for a policy that this form does not go with.
+
+        positions: "cache" where keys are turned anew when others go, or "original"; merges: whether
+        it folds slots into others.
+        """
+
+    def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
+        """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:
+        compressed layers, and KV heads in each of them.
+        """
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""
