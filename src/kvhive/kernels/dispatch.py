@@ -58,7 +58,12 @@ def serves_ragged(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool
 
     query `[b, H, q, d]`, keys `[S, d]`, values `[S, e]`.
     """
-    plain = ask.step.real is None and ask.valid is None and not ask.lse and query.shape[2] <= triton_ragged.MOST
+    plain = (
+        ask.step.real is None
+        and ask.valid is None
+        and not ask.lse
+        and query.shape[2] <= triton_ragged.MOST
+    )
     alike = query.dtype == keys.dtype == values.dtype and keys.dtype in triton_ragged.DTYPES
     narrow = max(keys.shape[1], values.shape[1]) <= triton_ragged.WIDEST
     there = keys.device.type in LAUNCHED and triton_ragged.available()
