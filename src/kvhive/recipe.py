@@ -75,6 +75,12 @@ class Recipe:
             )
 
         self._check_allocation()
+        readers = [self.allocation.calibration, self.store.calibration]
+        if None not in readers:
+            raise ValueError(
+                f"{readers[0]} and {readers[1]} read a profile each, and a cache takes one: leave "
+                "one of them out"
+            )
         self.store.check(name, self.positions or self.policy.position_rule, self.policy.merges)
 
     def _check_allocation(self) -> None:

@@ -14,18 +14,16 @@ from kvhive.stores import StoreKind
 def profile_for(recipe: Recipe, facts: ModelFacts, given: Profile | None = None) -> Profile | None:
     """The profile that the recipe reads with this model; None: it reads none.
 
-    given: goes before the file that a knob of its allocation or store names, and that before a
-    shipped one.
+    given: goes before the file that a knob names, and that before a shipped one.
     Raises `ValueError` for a profile that is missing, not read, damaged or of another model, and
     `FileNotFoundError` for a file that is not there.
     """
-    reader = _reader(recipe)
-    method = None if reader is None else reader.calibration
-    if reader is None or method is None:
+    method = _method(recipe)
+    if method is None:
         if given is not None:
             raise ValueError(f"{recipe} reads no profile, but one by {given.method!r} was given")
         return None
-    profile = given or _named(reader)
+    profile = given or _named(recipe)
     if profile is None:
         known = (one for one in shipped(method) if one.fingerprint == facts.fingerprint)
         profile = next(known, None)
@@ -34,7 +32,7 @@ def profile_for(recipe: Recipe, facts: ModelFacts, given: Profile | None = None)
     profile.check(method, facts.fingerprint)
     config = facts.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    reader.check_profile(profile, len(facts.full_layers), heads)
+    _reader(recipe).check_profile(profile, len(facts.full_layers), heads)
     return profile
 
 
@@ -43,15 +41,14 @@ def profile_by_shape(recipe: Recipe, outline: Outline) -> Profile | None:
 
     What a cache takes depends little on whose it is. Raises `ValueError` and `FileNotFoundError`.
     """
-    reader = _reader(recipe)
-    method = None if reader is None else reader.calibration
-    if reader is None or method is None:
+    method = _method(recipe)
+    if method is None:
         return None
-    named = _named(reader)
+    named = _named(recipe)
     heads = outline.shapes[outline.full_layers[0]].kv_heads
     for profile in shipped(method) if named is None else (named,):
         try:
-            reader.check_profile(profile, len(outline.full_layers), heads)
+            _reader(recipe).check_profile(profile, len(outline.full_layers), heads)
         except ValueError:
             if named is not None:
                 raise
@@ -60,20 +57,17 @@ def profile_by_shape(recipe: Recipe, outline: Outline) -> Profile | None:
     raise _missing(method, "a model of such layers and heads")
 
 
-def _reader(recipe: Recipe) -> Allocation | StoreKind | None:
-    """The part of the recipe that reads a profile; None: none does. Raises `ValueError` for two."""
-    parts: tuple[Allocation | StoreKind, ...] = (recipe.allocation, recipe.store)
-    readers = [part for part in parts if part.calibration is not None]
-    if len(readers) > 1:
-        raise ValueError(
-            f"{recipe}: {' and '.join(part.name for part in readers)} each read a profile, and a "
-            "cache has one; leave one of them out"
-        )
-    return readers[0] if readers else None
+def _reader(recipe: Recipe) -> Allocation | StoreKind:
+    """The part that reads a profile, if one does; no recipe has two."""
+    return recipe.store if recipe.allocation.calibration is None else recipe.allocation
 
 
-def _named(reader: Allocation | StoreKind) -> Profile | None:
-    file = reader.profile_file
+def _method(recipe: Recipe) -> str | None:
+    return _reader(recipe).calibration
+
+
+def _named(recipe: Recipe) -> Profile | None:
+    file = _reader(recipe).profile_file
     return None if file is None else Profile.load(file)
 
 

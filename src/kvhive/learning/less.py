@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import ClassVar
 
 import torch
@@ -27,12 +28,12 @@ from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 from kvhive.spec import knob
 from kvhive.step import Step
-from kvhive.stores.dense import Dense
 from kvhive.stores.less import METHOD, SHAPES
 
 _SHOWN = 8  # epochs of the curve
 _QUIET = 1e-4  # gains to begin with: the state is nearly silent
 _VALIDATED = 10  # one piece in so many is kept apart
+_SHORTEST = 384  # tokens of a prompt, where pieces are longer
 
 
 @CALIBRATIONS.register(METHOD)
@@ -40,40 +41,45 @@ _VALIDATED = 10  # one piece in so many is kept apart
 class LessCalibration(Calibration):
     """Train the kernels of every layer, each by itself, to undo what eviction does to attention.
 
-    Of every piece, prompts of several lengths are evicted from as a cache does it, by `policy` at
-    one of the `budgets`; the tokens after each read what is kept and the state of all that went.
-    Wanted is what attention to everything gives, behind the output projection: the mean squared
-    error is that of eviction alone at first. Adam; the rate is halved four times; of all epochs,
-    the one counts that does best on the pieces kept apart.
+    Of every piece a part is a prompt, of any length (their logarithms are spread evenly), which one
+    of the `policies` evicts from as it does in a cache, down to one of the `budgets`; the tokens
+    after it read what is kept and the state of all that went. Wanted is what attention to
+    everything gives, behind the output projection: the loss is the mean squared error. Adam; the
+    rate is halved four times; of all epochs, the one counts that does best on the tenth of the
+    pieces that is kept apart.
 
     Source: arXiv:2402.09398; what is changed says the card.
     """
 
     source: ClassVar[str] = "arXiv:2402.09398"
 
-    pieces: int = knob(64, "most pieces of text that are read", least=2)
-    tokens: int = knob(1024, "length of a piece, in tokens", least=64)
+    pieces: int = knob(48, "most pieces of text that are read", least=2)
+    tokens: int = knob(
+        4096, "length of a piece, in tokens: the state is read in texts up to there", least=64
+    )
     rank: int = knob(8, "features of a token; the state costs as much as so many tokens", least=1)
     hidden: int = knob(28, "hidden units of every map", least=1)
-    policy: str = knob("h2o", "policy that evicts")
-    budgets: tuple[float, ...] = knob(
-        (0.05, 0.1), "shares of a prompt that are kept, in turn", least=0.001, most=0.99
+    policies: tuple[str, ...] = knob(
+        ("snapkv", "streaming_llm(positions=original)"), "policies that evict, by lot"
     )
-    prompts: int = knob(3, "prompts that are cut from a piece", least=1)
-    scored: int = knob(64, "tokens after each prompt that read what is left", least=1)
-    epochs: int = knob(30, "how often all pieces are gone through", least=1)
-    rate: float = knob(0.005, "of learning, at first", least=1e-6, most=1.0)
+    budgets: tuple[float, ...] = knob(
+        (0.05, 0.1), "shares of a prompt that are kept, by lot", least=0.001, most=0.99
+    )
+    scored: int = knob(128, "tokens after a prompt that read what is left", least=1)
+    epochs: int = knob(20, "how often all pieces are gone through", least=1)
+    rate: float = knob(0.01, "of learning, at first", least=1e-6, most=1.0)
     dropout: float = knob(0.0, "share of the hidden units dropped in training", least=0, most=0.9)
     layers: int = knob(10, "layers learnt at a time: so often are the texts read", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompts + self.scored >= self.tokens:
+        if self.scored > self.tokens // 2:
             raise ValueError(
-                f"less: scored must leave a prompt of the {self.tokens} tokens of a piece, got "
+                f"less: scored must be at most half of the {self.tokens} tokens of a piece, got "
                 f"{self.scored}"
             )
-        self._recipe(1.0, self.tokens)
+        for policy in self.policies:
+            Recipe.parse(f"{policy}@{self.tokens}+less")
 
     def learn(
         self,
@@ -104,7 +110,9 @@ class LessCalibration(Calibration):
                 done += 1
                 tick(done / len(places))
         layers = [kept.parts[str(place)] for place in places]
-        return {name: torch.stack([one[name] for one in layers]) for name in SHAPES}
+        names = (*FeatureMaps.names(), "curve")
+        learnt = {name: torch.stack([one[name] for one in layers]) for name in names}
+        return learnt | {"reach": torch.tensor([self.tokens])}
 
     @classmethod
     def pictures(cls, profile: Profile) -> tuple[Picture, ...]:
@@ -119,67 +127,37 @@ class LessCalibration(Calibration):
         titles = tuple(f"epoch {epoch}" for epoch in epochs)
         return (Picture(meaning, titles, curve[:, epochs], ".3f"),)
 
-    def _recipe(self, share: float, length: int) -> Recipe:
-        free = Recipe.parse(f"{self.policy}@{self.tokens}+less")
-        tokens = max(round(share * length), free.policy.sizing.least)
-        return replace(free, budget=Budget(tokens=tokens))
-
-    def _lengths(self) -> list[int]:
-        """Of the prompts."""
+    def _case(self, place: int) -> tuple[int, Recipe]:
+        """Of the piece at `place`: the length of its prompt, and how that is evicted from."""
+        chance = Random(place)
         longest = self.tokens - self.scored
-        return [longest * (place + 1) // self.prompts for place in range(self.prompts)]
+        shortest = min(_SHORTEST, longest)
+        length = round(shortest * (longest / shortest) ** chance.random())
+        policy, share = chance.choice(self.policies), chance.choice(self.budgets)
+        recipe = Recipe.parse(f"{policy}@{self.tokens}")
+        tokens = max(round(share * length), recipe.policy.sizing.least)
+        return length, replace(recipe, budget=Budget(tokens=tokens))
 
     @torch.no_grad()
     def _episodes(
         self, model: PreTrainedModel, texts: Sequence[Sequence[int]], layers: Sequence[int]
-    ) -> dict[int, list[_Episodes]]:
+    ) -> dict[int, list[_Episode]]:
         """By layer, of all pieces."""
         rotations = attach(model).rotations or {}
-        found: dict[int, list[_Episodes]] = {layer: [] for layer in layers}
+        found: dict[int, list[_Episode]] = {layer: [] for layer in layers}
         for place, ids in enumerate(texts):
+            length, recipe = self._case(place)
 
-            def see(one: Attention, place: int = place) -> None:
+            def see(one: Attention, length: int = length, recipe: Recipe = recipe) -> None:
                 if one.layer in found:
-                    cut = self._cut(one, place, rotations.get(one.layer))
-                    found[one.layer].append(cut)
+                    written = rotations.get(one.layer)
+                    found[one.layer].append(_Episode.of(one, length, recipe, written))
 
-            watch(model, ids, see)
+            watch(model, ids[: length + self.scored], see)
         return found
 
-    def _cut(self, one: Attention, place: int, written: Rotation | None) -> _Episodes:
-        """The prompts of the piece at `place`, each evicted from and then read by what follows."""
-        lengths = self._lengths()
-        keys, values = one.keys[None], one.values[None]
-        dropped = torch.zeros(len(lengths), *keys.shape[1:3], dtype=torch.bool)
-        sparse = []
-        for turn, length in enumerate(lengths):
-            recipe = self._recipe(self.budgets[(turn + place) % len(self.budgets)], length)
-            layer = make_layers(replace(recipe, store=Dense()), [None], [written])[0]
-            layer.update(keys[:, :, :length], values[:, :, :length])
-            layer.attend(one.queries[None, :, :length], one.scale)
-            stop = length + self.scored
-            more = [held[:, :, length:stop] for held in (keys, values)]
-            near = [torch.cat(pair, 2) for pair in zip(layer.store.view(), more, strict=True)]
-            held = layer.slots.valid
-            seen = torch.cat([held, held.new_ones(*held.shape[:2], self.scored)], 2)
-            ask = Ask(Step.plain(length, self.scored), one.scale, valid=seen)
-            sparse.append(segment(one.queries[None, :, length:stop], near[0], near[1], ask))
-            dropped[turn, :, :length] = True
-            for head, held_by in enumerate(layer.positions[0]):
-                dropped[turn, head, held_by[held_by >= 0].long()] = False
-        spans = [slice(length, length + self.scored) for length in lengths]
-        return _Episodes(
-            keys=one.keys.cpu().clone(),
-            values=one.values.cpu().clone(),
-            dropped=dropped,
-            queries=torch.stack([one.queries[:, span] for span in spans]).cpu(),
-            sparse=torch.cat([out for out, _ in sparse]).to(one.output.dtype).cpu(),
-            lse=torch.cat([lse for _, lse in sparse]).cpu(),
-            wanted=torch.stack([one.output[:, span] for span in spans]).cpu(),
-        )
-
     @torch.enable_grad()
-    def _train(self, pieces: list[_Episodes], projection: Tensor, place: int) -> dict[str, Tensor]:
+    def _train(self, pieces: list[_Episode], projection: Tensor, place: int) -> dict[str, Tensor]:
         """One layer: weights in float16, and the curve, float32 `[epochs]`."""
         chance = torch.Generator().manual_seed(place)
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()
@@ -202,16 +180,16 @@ class LessCalibration(Calibration):
                 fade.step()
                 with torch.no_grad():
                     left = sum(float(one.error(maps, projection)) for one in apart)
-                curve.append(left / alone if alone else 1.0)
+                curve.append(left / alone)
                 if curve[-1] < best:
                     best = curve[-1]
                     learnt = {n: w.detach().cpu().half() for n, w in _named(maps)}
         return learnt | {"curve": torch.tensor(curve)}
 
-    def _start(self, one: _Episodes, chance: torch.Generator) -> Iterator[Tensor]:
+    def _start(self, one: _Episode, chance: torch.Generator) -> Iterator[Tensor]:
         """The weights to begin with, as the source has them."""
         query_heads, width = one.queries.shape[1], one.queries.shape[-1]
-        heads = one.keys.shape[0]
+        heads = one.keys.shape[1]
         hidden, rank = self.hidden, self.rank
         for of in (query_heads, heads):
             yield _uniform((of, width, hidden), chance)
@@ -222,12 +200,12 @@ class LessCalibration(Calibration):
 
 
 @dataclass(frozen=True, eq=False)
-class _Episodes:
-    """One layer's part of one piece, in the model's dtype: p prompts, and s tokens after each.
+class _Episode:
+    """One layer's part of one piece, in the model's dtype: a prompt of n tokens, and s after it.
 
-    keys `[K, n, d]`, values `[K, n, e]` of the piece; dropped bool `[p, K, n]`, what was evicted;
-    queries `[p, H, s, d]`; sparse `[p, H, s, e]` and lse `[p, H, s]`, what they get from the tokens
-    that are left; wanted `[p, H, s, e]`, what they get from all.
+    keys `[1, K, n, d]`, values `[1, K, n, e]`; dropped bool `[1, K, n]`, what was evicted; queries
+    `[1, H, s, d]`; sparse `[1, H, s, e]` and lse `[1, H, s]`, what they get from the tokens that
+    are left; wanted `[1, H, s, e]`, what they get from all.
     """
 
     keys: Tensor
@@ -238,15 +216,41 @@ class _Episodes:
     lse: Tensor
     wanted: Tensor
 
-    def on(self, like: Tensor) -> _Episodes:
+    @classmethod
+    def of(cls, one: Attention, length: int, recipe: Recipe, written: Rotation | None) -> _Episode:
+        """The first `length` tokens are the prompt. written: how the layer turns its keys."""
+        layer = make_layers(recipe, [None], [written])[0]
+        queries, keys, values = one.queries[None], one.keys[None], one.values[None]
+        layer.update(keys[:, :, :length], values[:, :, :length])
+        layer.attend(queries[:, :, :length], one.scale)
+        after = [held[:, :, length:] for held in (keys, values)]
+        near = [torch.cat(pair, 2) for pair in zip(layer.store.view(), after, strict=True)]
+        fresh, held = after[0].shape[2], layer.slots.valid
+        seen = torch.cat([held, held.new_ones(*held.shape[:2], fresh)], 2)
+        ask = Ask(Step.plain(length, fresh), one.scale, valid=seen)
+        sparse, lse = segment(queries[:, :, length:], near[0], near[1], ask)
+        position = layer.slots.position.long()
+        dropped = torch.ones(1, keys.shape[1], length + 1, dtype=torch.bool, device=keys.device)
+        dropped.scatter_(2, position.masked_fill(position < 0, length), False)
+        return cls(
+            keys=keys[:, :, :length].cpu().clone(),
+            values=values[:, :, :length].cpu().clone(),
+            dropped=dropped[..., :length].cpu(),
+            queries=queries[:, :, length:].cpu().clone(),
+            sparse=sparse.to(one.output.dtype).cpu(),
+            lse=lse.cpu(),
+            wanted=one.output[None, :, length:].cpu().clone(),
+        )
+
+    def on(self, like: Tensor) -> _Episode:
         """The same in float32 where `like` is, to be trained with."""
         moved = {name: value.to(like.device) for name, value in vars(self).items()}
         wide = {name: v.to(like.dtype) for name, v in moved.items() if v.is_floating_point()}
-        return _Episodes(**moved | wide)
+        return _Episode(**moved | wide)
 
     def error(self, maps: FeatureMaps, projection: Tensor, dropout: float = 0.0) -> Tensor:
         """Mean squared error behind the projection `[hidden state, H * e]`, with the state."""
-        state = summed(maps.of_keys(self.keys[None], dropout), self.values[None], self.dropped)
+        state = summed(maps.of_keys(self.keys, dropout), self.values, self.dropped)
         rest = answer(maps.of_queries(self.queries, dropout), *state)
         return self._error(merge([(self.sparse, self.lse), rest])[0], projection)
 

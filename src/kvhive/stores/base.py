@@ -122,16 +122,16 @@ class StoreKind(Spec):
         file: str | None = getattr(self, "profile", None)
         return file
 
+    def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
+        """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:
+        compressed layers, and KV heads in each of them.
+        """
+
     def check(self, policy: str, positions: str, merges: bool) -> None:
         """Raises `ValueError` for a policy that this form does not go with.
 
         positions: "cache" where keys are turned anew when others go, or "original"; merges: whether
         it folds slots into others.
-        """
-
-    def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
-        """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:
-        compressed layers, and KV heads in each of them.
         """
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:

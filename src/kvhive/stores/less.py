@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -29,15 +30,18 @@ SHAPES = {  # L compressed layers, H query heads, K KV heads, D key width, M hid
     "key_gain": "L K R",
     "mix_gain": "L K R",
     "curve": "L T",  # after each of T epochs, the error left, as a share of eviction's alone
+    "reach": "1",  # tokens of the longest text they were trained on
 }
 
 
 class LessStore(Store):
     """A dense store (ragged where heads come to differ) and the state of what was evicted from it.
 
-    As long as nothing was, it is that store. Policies are told what the tokens kept received among
-    themselves. `nbytes` counts the state, R (e + 1) float32 numbers a KV head; the learned maps
-    belong to the model, as its weights do, and are shared by all caches with one profile.
+    As long as nothing was, it is that store; and again from the token on that lies beyond the texts
+    that the kernels were trained on, where they would answer anything. Policies are told what the
+    tokens kept received among themselves. `nbytes` counts the state, R (e + 1) float32 numbers a KV
+    head; the learned maps belong to the model, as its weights do, and are shared by all caches with
+    one profile.
     """
 
     def __init__(self, profile: Profile | None, place: int, rank: int) -> None:
@@ -46,6 +50,8 @@ class LessStore(Store):
         self._profile, self._place, self._rank = profile, place, rank
         self._kept: Store = DenseStore()
         self._folded = False
+        self._seen = 0  # tokens appended, padding included
+        self._warned = False
 
     @property
     def room(self) -> int:
@@ -69,10 +75,11 @@ class LessStore(Store):
             self.state = State.empty(batch, heads, self._rank, width, values.device)
         self._kept.append(keys, values, room)
         self.length = self._kept.length
+        self._seen += keys.shape[2]
 
     def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
         """The tokens kept and the state, merged; the report is of the tokens kept alone."""
-        if not self._folded:
+        if not self._folded or self._is_beyond():
             return self._kept.attend(query, ask)
         assert self.state is not None
         out, seen = self._kept.attend(query, replace(ask, lse=True))
@@ -116,6 +123,7 @@ class LessStore(Store):
 
     def truncate(self, length: int) -> None:
         """Forget the newest slots beyond `length`; what was folded stays."""
+        self._seen -= self.length - length
         self._kept.truncate(length)
         self.length = length
 
@@ -129,6 +137,20 @@ class LessStore(Store):
     def nbytes(self) -> int:
         """Bytes of the tokens kept, spare room included, and of the state."""
         return self._kept.nbytes + (0 if self.state is None else self.state.nbytes)
+
+    def _is_beyond(self) -> bool:
+        """Whether the text is longer than those of the training. Warns when it becomes so."""
+        assert self._profile is not None
+        reach = int(self._profile.tensors["reach"])
+        beyond = self._seen > reach
+        if beyond and not self._warned and self._place == 0:
+            warnings.warn(
+                f"less: its kernels were trained on texts of up to {reach:,} tokens; from there on "
+                "what was evicted is left out: train some with longer pieces by kvhive train-less",
+                stacklevel=2,
+            )
+        self._warned |= beyond
+        return beyond
 
     def _maps(self, device: torch.device) -> FeatureMaps:
         if self._profile is None:
