@@ -31,7 +31,7 @@ class Packing:
 
     keys, values: forms, one a tier, the best first. sinks: first tokens of a row that stay exact.
     keys_due, values_due: how many of the oldest of so many newest tokens are packed when a step is
-    over.
+    over. residual: newest tokens that stay exact of a prompt; None: those that are not due.
     """
 
     keys: tuple[Form, ...]
@@ -39,6 +39,7 @@ class Packing:
     sinks: int
     keys_due: Callable[[int], int]
     values_due: Callable[[int], int]
+    residual: int | None = None
 
 
 @dataclass(frozen=True)
@@ -413,7 +414,8 @@ class PackedStore(Store):
         tier = None if best is None else (~best.flatten(0, 1)[keep]).long()
         sides = []
         for side, due in ((self._keys, packing.keys_due), (self._values, packing.values_due)):
-            tail = (counts - sinks).clamp_max(most - due(most))
+            exact = most - due(most) if packing.residual is None else packing.residual
+            tail = (counts - sinks).clamp_max(exact)
             first = counts - tail
             inside = (place >= sinks[row]) & (place < first[row])
             flat = side.exact.tokens[keep]

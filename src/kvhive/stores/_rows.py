@@ -120,7 +120,7 @@ def joined(rows: PackedRows, more: PackedRows) -> PackedRows:
     lengths = rows.lengths + more.lengths
     ends = torch.cat([rows.starts[1:], torch.tensor([len(rows.codes)])])
     if bool((rows.starts + lengths > ends).any()):
-        rows = laid_out(rows, held_at(rows), rows.lengths, lengths + spare(lengths))
+        rows = laid_out(rows, held_at(rows), rows.lengths, lengths + _spare(rows.lengths))
     came, place = held_at(more), _spread(rows.starts + rows.lengths, more.lengths)
     place = place.to(came.device)
     rows.codes.index_copy_(0, place, more.codes.index_select(0, came))
@@ -151,13 +151,13 @@ def laid_out(rows: PackedRows, slots: Tensor, lengths: Tensor, sizes: Tensor) ->
 
 
 def kept(rows: PackedRows, keep: Tensor, form: Form) -> PackedRows:
-    """The tokens marked in bool `[N]` (as `tokens_of` orders them), with room for more.
+    """The tokens marked in bool `[N]` (as `tokens_of` orders them).
 
     Codes stay what they are. A run of which tokens went keeps its grid; where neighbours have
     dwindled to less than half a run together, they become one run, once.
     """
     lengths = _per_row(keep, rows.lengths)
-    left = laid_out(rows, held_at(rows)[keep], lengths, lengths + spare(lengths))
+    left = laid_out(rows, held_at(rows)[keep], lengths, lengths)
     if rows.runs is None:
         return left
     assert isinstance(form, PerChannel)
@@ -186,7 +186,7 @@ def selected(rows: PackedRows, which: Tensor) -> PackedRows:
     """Row i becomes what row `which[i]` was (int64 on the CPU)."""
     lengths = rows.lengths[which]
     slots = _spread(rows.starts[which], lengths).to(rows.codes.device)
-    left = laid_out(rows, slots, lengths, lengths + spare(lengths))
+    left = laid_out(rows, slots, lengths, lengths)
     if rows.runs is None:
         return left
     counts = rows.runs.counts[which]
@@ -215,9 +215,10 @@ def nbytes(rows: PackedRows) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
 
-def spare(lengths: Tensor) -> int:
-    """Slots a row gets ahead."""
-    return max(SPARE, int(lengths.sum()) // (64 * max(1, len(lengths))))
+def _spare(lengths: Tensor) -> int:
+    """Slots that rows get ahead when they grow, having held so many; none for the first tokens."""
+    mean = int(lengths.sum()) // max(1, len(lengths))
+    return max(SPARE, mean // 64) if mean else 0
 
 
 def _sizes(rows: PackedRows) -> Tensor:

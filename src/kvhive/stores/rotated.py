@@ -42,7 +42,7 @@ class Rotated(PackedKind):
             PerToken(self.bits, group_for(self.name, width, self.group), hadamard(width))
             for width in (key_width, value_width)
         ]
-        return Packing((forms[0],), (forms[1],), self.sink, self._due, self._due)
+        return Packing((forms[0],), (forms[1],), self.sink, self._due, self._due, self.residual)
 
     def _due(self, tail: int) -> int:
         return due_in_groups(tail, self.residual)

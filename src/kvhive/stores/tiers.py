@@ -54,6 +54,7 @@ class Tiers(PackedKind):
             sinks=self.sink,
             keys_due=self._due,
             values_due=self._due,
+            residual=self.residual,
         )
 
     def _due(self, tail: int) -> int:
