@@ -21,6 +21,8 @@ class Plan:
     longest: the largest count.
     into: int64 `[b, K, n]`, for each slot held now the slot whose key and value it is folded into
     (their plain mean, summed in float32), -1 for none; None: nothing is folded.
+    best: bool `[b, K, n]`, of those the ones that a store of several tiers holds best; None: nobody
+    asked.
     dropped: bool `[b, K, n]`, which of the slots held a token that goes; None: none did.
     columns `[b, K, n, ...]`, counters `[b, K]`: what the policy knows of the slots held now, where
     the eviction changes that.
@@ -32,6 +34,7 @@ class Plan:
     tally: Tensor
     longest: int
     into: Tensor | None = None
+    best: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counters: Mapping[str, Tensor] = field(default_factory=dict)
     dropped: Tensor | None = None
@@ -44,6 +47,7 @@ class Plan:
         into: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
         counters: Mapping[str, Tensor] | None = None,
+        best: Tensor | None = None,
         dropped: Tensor | None = None,
     ) -> Plan:
         """From bool `[b, K, n]`. Asks the device for the counts, once."""
@@ -55,7 +59,7 @@ class Plan:
         else:
             order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices
             index = order[..., keep.shape[-1] - longest :]
-        known = columns or {}, counters or {}
+        known = best, columns or {}, counters or {}
         return cls(keep, index, count, tally, longest, into, *known, dropped)
 
     @cached_property
