@@ -98,16 +98,19 @@ class LessCalibration(Calibration):
         places = range(len(facts.full_layers))
         missing = [place for place in places if kept.get(str(place)) is None]
         projections = output_projections(model)
-        done = len(places) - len(missing)
-        tick(done / len(places))
+        done = float(len(places) - len(missing))  # layers; reading for one counts as half of it
         for first in range(0, len(missing), self.layers):
             group = missing[first : first + self.layers]
-            episodes = self._episodes(model, texts, [facts.full_layers[place] for place in group])
+            episodes = {facts.full_layers[place]: list[_Episode]() for place in group}
+            for number, ids in enumerate(texts):
+                self._read(model, ids, number, episodes)
+                done += len(group) / 2 / len(texts)
+                tick(done / len(places))
             for place in group:
                 index = facts.full_layers[place]
                 learnt = self._train(episodes.pop(index), projections[index].float(), place)
                 kept.put(str(place), learnt)
-                done += 1
+                done += 0.5
                 tick(done / len(places))
         layers = [kept.parts[str(place)] for place in places]
         names = (*FeatureMaps.names(), "curve")
@@ -127,9 +130,9 @@ class LessCalibration(Calibration):
         titles = tuple(f"epoch {epoch}" for epoch in epochs)
         return (Picture(meaning, titles, curve[:, epochs], ".3f"),)
 
-    def _case(self, place: int) -> tuple[int, Recipe]:
-        """Of the piece at `place`: the length of its prompt, and how that is evicted from."""
-        chance = Random(place)
+    def _case(self, number: int) -> tuple[int, Recipe]:
+        """Of the piece of that number: the length of its prompt, and how that is evicted from."""
+        chance = Random(number)
         longest = self.tokens - self.scored
         shortest = min(_SHORTEST, longest)
         length = round(shortest * (longest / shortest) ** chance.random())
@@ -138,23 +141,23 @@ class LessCalibration(Calibration):
         tokens = max(round(share * length), recipe.policy.sizing.least)
         return length, replace(recipe, budget=Budget(tokens=tokens))
 
-    @torch.no_grad()
-    def _episodes(
-        self, model: PreTrainedModel, texts: Sequence[Sequence[int]], layers: Sequence[int]
-    ) -> dict[int, list[_Episode]]:
-        """By layer, of all pieces."""
+    def _read(
+        self,
+        model: PreTrainedModel,
+        ids: Sequence[int],
+        number: int,
+        found: dict[int, list[_Episode]],
+    ) -> None:
+        """Let the model read the piece of that number, and add to what was `found`, by layer."""
         rotations = attach(model).rotations or {}
-        found: dict[int, list[_Episode]] = {layer: [] for layer in layers}
-        for place, ids in enumerate(texts):
-            length, recipe = self._case(place)
+        length, recipe = self._case(number)
 
-            def see(one: Attention, length: int = length, recipe: Recipe = recipe) -> None:
-                if one.layer in found:
-                    written = rotations.get(one.layer)
-                    found[one.layer].append(_Episode.of(one, length, recipe, written))
+        def see(one: Attention) -> None:
+            if one.layer in found:
+                written = rotations.get(one.layer)
+                found[one.layer].append(_Episode.of(one, length, recipe, written))
 
-            watch(model, ids[: length + self.scored], see)
-        return found
+        watch(model, ids[: length + self.scored], see)
 
     @torch.enable_grad()
     def _train(self, pieces: list[_Episode], projection: Tensor, place: int) -> dict[str, Tensor]:
@@ -165,11 +168,16 @@ class LessCalibration(Calibration):
         read = [pieces[i].on(projection) for i in order[len(apart) :]]
         scale = sum(float(one.alone(projection)) for one in read) / len(read)
         alone = sum(float(one.alone(projection)) for one in apart)
+        if not 0 < scale < math.inf or not 0 < alone < math.inf:
+            raise ValueError(
+                f"less: what eviction loses in layer {place} cannot be learnt (error {scale}); "
+                "give longer pieces or smaller budgets, or load the model in another dtype"
+            )
         weights = [w.to(projection.device).requires_grad_() for w in self._start(read[0], chance)]
         maps = FeatureMaps(*weights)
         adam = torch.optim.Adam(weights, self.rate)
         fade = torch.optim.lr_scheduler.StepLR(adam, max(1, -(-self.epochs // 5)), 0.5)
-        best, curve = math.inf, []
+        learnt, best, curve = dict[str, Tensor](), math.inf, list[float]()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(place)
             for _ in range(self.epochs):
@@ -184,7 +192,9 @@ class LessCalibration(Calibration):
                 if curve[-1] < best:
                     best = curve[-1]
                     learnt = {n: w.detach().cpu().half() for n, w in _named(maps)}
-        return learnt | {"curve": torch.tensor(curve)}
+        if not learnt:
+            raise ValueError(f"less: training of layer {place} diverged; lower rate={self.rate}")
+        return learnt | {"curve": torch.tensor(curve).nan_to_num(posinf=1e9, nan=1e9)}
 
     def _start(self, one: _Episode, chance: torch.Generator) -> Iterator[Tensor]:
         """The weights to begin with, as the source has them."""

@@ -123,10 +123,12 @@ class LayerFacts:
 class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
-    calibration: the method whose profile it reads; None for no profile.
+    calibration: the method whose profile it reads; None for no profile. example: what to write
+    before it in a recipe that shows what it does.
     """
 
     calibration: ClassVar[str | None] = None
+    example: ClassVar[str] = "full"
 
     @property
     def profile_file(self) -> str | None:

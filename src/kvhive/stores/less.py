@@ -184,6 +184,7 @@ class Less(StoreKind):
     """
 
     calibration: ClassVar[str | None] = METHOD
+    example: ClassVar[str] = "h2o@0.1"
 
     rank: int = knob(8, "features of a token, which the kernels were trained for", least=1)
     profile: str | None = knob(

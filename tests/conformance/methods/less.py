@@ -95,6 +95,7 @@ def layer_of(case: Case) -> HiveLayer:
     }
     policy = policies[case.params["policy"]]
     tensors = {name: weight[None] for name, weight in weights_of(case).items()}
+    tensors["reach"] = torch.tensor([1000])
     profile = Profile("less", "", "", "", tensors)
     progress = Progress(1, Limits([policy], Budget(tokens=heavy + recent), Uniform(), 0))
     kind, layers = Less(rank=case.params["rank"]), list[HiveLayer]()
