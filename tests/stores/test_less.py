@@ -198,7 +198,7 @@ def test_a_prompt_in_chunks_reads_the_state_of_those_before() -> None:
 
 
 def test_tokens_can_be_taken_back_until_something_is_folded() -> None:
-    fed = feeder("h2o@48")
+    fed = feeder("streaming_llm(positions=original)@48")
     fed.step(40)
     fed.step(3)
     fed.take_back(2)
@@ -221,6 +221,21 @@ def test_bytes_are_all_there_are_but_the_kernels(rows: int) -> None:
             if tensor.untyped_storage().data_ptr() not in theirs
         }
         assert fed.layer.nbytes + fed.layer.progress.nbytes == sum(storages.values())
+
+
+def test_beyond_the_texts_of_the_training_the_state_is_left_out() -> None:
+    fed, plain = feeder("h2o@48", profile=profile_of(reach=180)), Feeder("h2o@48")
+    told = feeder("h2o@48")
+    for one in (fed, plain, told):
+        one.step(PROMPT)
+    for _ in range(30):
+        out = fed.step(1)
+        assert torch.equal(out, told.step(1))
+        assert not torch.allclose(out, plain.step(1), atol=1e-3)
+    with pytest.warns(UserWarning, match="trained on texts of up to 180 tokens; from there on"):
+        assert torch.allclose(fed.step(1), plain.step(1), atol=1e-5)
+    assert torch.allclose(fed.step(1), plain.step(1), atol=1e-5)  # and says no more
+    check_state(fed)
 
 
 # ---- models -------------------------------------------------------------------------------------

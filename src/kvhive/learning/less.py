@@ -99,6 +99,7 @@ class LessCalibration(Calibration):
         missing = [place for place in places if kept.get(str(place)) is None]
         projections = output_projections(model)
         done = float(len(places) - len(missing))  # layers; reading for one counts as half of it
+        tick(done / len(places))
         for first in range(0, len(missing), self.layers):
             group = missing[first : first + self.layers]
             episodes = {facts.full_layers[place]: list[_Episode]() for place in group}

@@ -50,6 +50,7 @@ class LessStore(Store):
         self._profile, self._place, self._rank = profile, place, rank
         self._kept: Store = DenseStore()
         self._folded = False
+        self._reach = 0 if profile is None else int(profile.tensors["reach"])
         self._seen = 0  # tokens appended, padding included
         self._warned = False
 
@@ -140,13 +141,11 @@ class LessStore(Store):
 
     def _is_beyond(self) -> bool:
         """Whether the text is longer than those of the training. Warns when it becomes so."""
-        assert self._profile is not None
-        reach = int(self._profile.tensors["reach"])
-        beyond = self._seen > reach
+        beyond = self._seen > self._reach
         if beyond and not self._warned and self._place == 0:
             warnings.warn(
-                f"less: its kernels were trained on texts of up to {reach:,} tokens; from there on "
-                "what was evicted is left out: train some with longer pieces by kvhive train-less",
+                f"less: its kernels were trained on texts of up to {self._reach:,} tokens; from there "
+                "on what was evicted is left out: train some on longer pieces with kvhive train-less",
                 stacklevel=2,
             )
         self._warned |= beyond
