@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import Ask, low_rank_reference
-from kvhive.kernels.low_rank import LEAST, SLOTS, FeatureMaps, State, answer, summed
+from kvhive.kernels.low_rank import LEAST, SLOTS, FeatureMaps, State, answer, beside, summed
 from kvhive.kernels.segments import merge, segment
 from kvhive.step import Step
 from tests.stores.less_kernels import random_weights
@@ -70,7 +70,9 @@ def test_state_and_exact_part_are_the_form_by_pairs(sizes: tuple[int, ...], seed
         state.fold(maps, keys, values, part)
     ask = Ask(Step.plain(n, q), 0.4, valid=~dropped, causal=False)
     exact = segment(query, keys, values, ask)
-    ours, _ = merge([exact, state.answer(maps.of_queries(query))])
+    answered = state.answer(maps.of_queries(query))
+    ours = beside(*exact, answered)
+    assert torch.allclose(ours, merge([exact, answered])[0], atol=1e-5)
     mask = (~dropped).repeat_interleave(group, 1)[:, :, None].expand(-1, -1, q, -1)
     expected = low_rank_reference.attend(query, keys, values, maps, mask, ~mask, 0.4)
     assert torch.allclose(ours, expected, atol=1e-3)
@@ -110,6 +112,16 @@ def test_an_empty_state_says_nothing_and_a_faint_one_is_clamped() -> None:
     assert bool((lse[0] == float("-inf")).all())
     assert torch.allclose(lse[1], torch.tensor(LEAST).log())
     assert not out.isnan().any()
+
+
+def test_parts_that_say_nothing_count_nothing() -> None:
+    never = torch.full((1, 1, 1), float("-inf"))
+    some = torch.zeros(1, 1, 1)
+    out, rest = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0, 5.0]]]])
+    assert torch.equal(beside(out, some, (rest, never)), out)
+    assert torch.equal(beside(out, never, (rest, some)), rest)
+    assert torch.equal(beside(0 * out, never, (rest, never)), 0 * out)
+    assert torch.equal(beside(out, some, (rest, some)), (out + rest) / 2)
 
 
 def test_copies_share_the_maps() -> None:

@@ -2,7 +2,7 @@
 
 Learned maps give every query and key a few features >= 0 whose product stands for exp(logit). A
 state is the sum over evicted tokens of features times value, and of the features alone; what it
-answers a query merges with the exact part by its log-sum-exp (`segments.merge`). Float32 whatever
+answers a query is merged with the exact part by its log-sum-exp (`beside`). Float32 whatever
 the model's dtype. `low_rank_reference` says the same pair by pair.
 
 Source: arXiv:2402.09398, section 3 and the authors' code (hdong920/LESS).
@@ -132,3 +132,11 @@ def answer(features: Tensor, values: Tensor, total: Tensor) -> tuple[Tensor, Ten
     something = (total > 0).any(-1)[..., None]
     lse = weight[..., 0].log().masked_fill(~something, NEVER)
     return out.view(*features.shape[:3], -1), lse.view(features.shape[:3])
+
+
+def beside(out: Tensor, lse: Tensor, rest: tuple[Tensor, Tensor]) -> Tensor:
+    """What `segments.merge` gives of an exact part, `[b, H, q, e]` and `[b, H, q]`, and an answer,
+    in few operations and for gradients; `out` in its own dtype where neither says anything.
+    """
+    share = torch.sigmoid(rest[1] - lse).nan_to_num(0.0)[..., None]
+    return torch.lerp(out.to(share.dtype), rest[0].to(share.dtype), share).to(out.dtype)

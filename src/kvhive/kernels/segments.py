@@ -44,7 +44,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = torch.stack([lse for _, lse in parts]).logsumexp(0)
     merged = torch.zeros_like(parts[0][0])
     for out, lse in parts:
-        merged += out * (lse - total).exp().nan_to_num(0.0)[..., None]
+        merged += out * (lse - total).exp_().nan_to_num_(0.0)[..., None]
     return merged, total
 
 

@@ -17,8 +17,8 @@ from kvhive.cache.attention import attach
 from kvhive.cache.hive_cache import make_layers
 from kvhive.calibration import Profile
 from kvhive.kernels import Ask
-from kvhive.kernels.low_rank import FeatureMaps, answer, summed
-from kvhive.kernels.segments import merge, segment
+from kvhive.kernels.low_rank import FeatureMaps, answer, beside, summed
+from kvhive.kernels.segments import segment
 from kvhive.learning.base import CALIBRATIONS, Calibration
 from kvhive.learning.kept import Kept
 from kvhive.learning.picture import Picture
@@ -263,7 +263,7 @@ class _Episode:
         """Mean squared error behind the projection `[hidden state, H * e]`, with the state."""
         state = summed(maps.of_keys(self.keys, dropout), self.values, self.dropped)
         rest = answer(maps.of_queries(self.queries, dropout), *state)
-        return self._error(merge([(self.sparse, self.lse), rest])[0], projection)
+        return self._error(beside(self.sparse, self.lse, rest), projection)
 
     def alone(self, projection: Tensor) -> Tensor:
         """The same without the state."""

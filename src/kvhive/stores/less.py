@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kvhive.calibration import Profile
 from kvhive.kernels import Ask, Observed
-from kvhive.kernels.low_rank import FeatureMaps, State
-from kvhive.kernels.segments import merge
+from kvhive.kernels.low_rank import FeatureMaps, State, beside
 from kvhive.plan import Plan
 from kvhive.spec import knob
 from kvhive.stores.base import STORES, LayerFacts, Store, StoreKind
@@ -88,8 +87,8 @@ class LessStore(Store):
         rest, weight = self.state.answer(self._maps(query.device).of_queries(query))
         if ask.step.real is not None:
             weight = weight.masked_fill(~ask.step.real[:, None], float("-inf"))
-        whole, total = merge([(out.to(seen.lse.dtype), seen.lse), (rest, weight)])
-        return whole.to(out.dtype), replace(seen, lse=total if ask.lse else None)
+        total = torch.logaddexp(seen.lse, weight) if ask.lse else None
+        return beside(out, seen.lse, (rest, weight)), replace(seen, lse=total)
 
     def report(self, query: Tensor, ask: Ask) -> Observed:
         """What `attend` would report."""
@@ -144,8 +143,8 @@ class LessStore(Store):
         beyond = self._seen > self._reach
         if beyond and not self._warned and self._place == 0:
             warnings.warn(
-                f"less: its kernels were trained on texts of up to {self._reach:,} tokens; from there "
-                "on what was evicted is left out: train some on longer pieces with kvhive train-less",
+                f"less: its kernels were trained on texts of up to {self._reach:,} tokens; from "
+                "there on what was evicted is left out; kvhive train-less trains on longer ones",
                 stacklevel=2,
             )
         self._warned |= beyond
