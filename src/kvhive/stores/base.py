@@ -75,7 +75,7 @@ class Store(ABC):
         """Whether `pack` would change keys."""
         return False
 
-    def pack(self, valid: Tensor | None = None) -> None:
+    def pack(self, valid: Tensor | None = None) -> None:  # noqa: B027  # most have nothing to do
         """A step is over: what is due is packed, where this form packs anything.
 
         valid: bool `[b, K, length]`, False for empty slots; None: every slot holds a token, or the
@@ -123,11 +123,13 @@ class LayerFacts:
 class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
-    calibration: the method whose profile it reads; None for no profile. example: what to write
-    before it in a recipe that shows what it does.
+    calibration: the method whose profile it reads; None for no profile. rewritable: whether the key
+    of a single token can be replaced, as folding and turning it do. example: what to write before
+    it in a recipe that shows what it does.
     """
 
     calibration: ClassVar[str | None] = None
+    rewritable: ClassVar[bool] = True
     example: ClassVar[str] = "full"
 
     @property
@@ -141,19 +143,15 @@ class StoreKind(Spec):
         compressed layers, and KV heads in each of them.
         """
 
-    def check(self, policy: str, positions: str, merges: bool) -> None:
-        """Raises `ValueError` for a policy that this form does not go with.
-
-        positions: "cache" where keys are turned anew when others go, or "original"; merges: whether
-        it folds slots into others.
-        """
-
     @property
     def best(self) -> float | None:
         """The part of the tokens seen that it holds better than the rest; None: it holds all alike.
         An eviction then says which those are (`Plan.best`).
         """
         return None
+
+    def check_heads(self, width: int) -> None:
+        """Raises `ValueError` for heads of so many numbers, where it cannot hold them."""
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""

@@ -175,32 +175,20 @@ def maps_of(profile: Profile, place: int, device: torch.device) -> FeatureMaps:
 class Less(StoreKind):
     """Keep the tokens in full, and fold those that are evicted into a low-rank state.
 
-    Its kernels are trained once for a model, by `kvhive train-less`. The state costs as many bytes
-    as `rank` tokens in 16 bits and works with any policy that leaves keys as they were written.
+    Its kernels are trained once for a model, by `kvhive train-less`. The state is float32: it costs
+    as much as `rank` tokens in 16 bits. Keys must stay as they were written.
 
     Source: arXiv:2402.09398.
     """
 
     calibration: ClassVar[str | None] = METHOD
+    rewritable: ClassVar[bool] = False
     example: ClassVar[str] = "h2o@0.1"
 
     rank: int = knob(8, "features of a token, which the kernels were trained for", least=1)
     profile: str | None = knob(
         None, "file of the trained kernels; none: those that come with kvhive"
     )
-
-    def check(self, policy: str, positions: str, merges: bool) -> None:
-        """See the base."""
-        if positions == "cache":
-            raise ValueError(
-                f"less folds keys as they were written, but {policy} counts positions in the "
-                f"cache; write {policy}(positions=original)"
-            )
-        if merges:
-            raise ValueError(
-                f"less folds what is evicted into its state, but {policy} folds it into tokens "
-                "that stay; use a policy that merges nothing, such as h2o"
-            )
 
     def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
         """See the base."""
