@@ -44,6 +44,8 @@ typedef struct {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (NAME(Order)){__VA_ARGS__})
 #endif
 
+typedef uint64_t Words __attribute__((vector_size(16)));
+
 INLINE float as_float(uint32_t bits)
 {
     float number;
@@ -76,26 +78,34 @@ INLINE void grids(const Job *job, int64_t first, int64_t count, float *to)
             to[i] = half(halves[i]);
 }
 
-/* to[i] |= (from[i] >> shift & mask) << up for `count` bytes; whatever `to` held is dropped where
- * `up` is 0. Eight bytes at a time, the last eight once more: no byte beyond is touched. */
+/* Of each byte, (byte >> shift & mask) << up: of a word of any type, at `from`; added to what is at
+ * `to` where `up` is not 0. */
+#define MOVE(Word, from, to) \
+    do { \
+        Word word, held; \
+        memcpy(&word, from, sizeof word); \
+        memcpy(&held, to, sizeof held); \
+        word = (word >> shift & (Word){0} + (mask) * UINT64_C(0x0101010101010101)) << up; \
+        word = up ? word | held : word; \
+        memcpy(to, &word, sizeof word); \
+    } while (0)
+
+/* `count` bytes; where they fill no whole words, the last of them are done once more. */
 INLINE void piece(const uint8_t *from, uint8_t *to, int64_t count, int shift, int mask, int up)
 {
-    const uint64_t each = mask * UINT64_C(0x0101010101010101);
-    if (count < 8) {
-        for (int64_t i = 0; i < count; i++)
+    int64_t i = 0;
+    if (count >= 16) {
+        for (; i + 16 <= count; i += 16)
+            MOVE(Words, from + i, to + i);
+        if (i < count)
+            MOVE(Words, from + count - 16, to + count - 16);
+    } else if (count >= 8) {
+        MOVE(uint64_t, from, to);
+        if (count > 8)
+            MOVE(uint64_t, from + count - 8, to + count - 8);
+    } else
+        for (; i < count; i++)
             to[i] = (up ? to[i] : 0) | (from[i] >> shift & mask) << up;
-        return;
-    }
-    for (int64_t i = 0;; i = i + 16 <= count ? i + 8 : count - 8) {
-        uint64_t word, held = 0;
-        memcpy(&word, from + i, sizeof word);
-        if (up)
-            memcpy(&held, to + i, sizeof held);
-        held |= (word >> shift & each) << up;
-        memcpy(to + i, &held, sizeof held);
-        if (i == count - 8)
-            return;
-    }
 }
 
 /* Codes of tokens, `pitch` bytes apart. */
@@ -112,15 +122,21 @@ INLINE void unpack_bits(const uint8_t *from, int64_t tokens, int64_t width, int 
     }
 }
 
+/* Compiled for the widths that models have most. */
 INLINE void unpack(const uint8_t *from, int64_t tokens, int64_t width, int64_t bits, uint8_t *to,
                    int64_t pitch)
 {
-    switch (bits) {
-    case 2: unpack_bits(from, tokens, width, 2, to, pitch); break;
-    case 3: unpack_bits(from, tokens, width, 3, to, pitch); break;
-    case 4: unpack_bits(from, tokens, width, 4, to, pitch); break;
-    case 8: unpack_bits(from, tokens, width, 8, to, pitch); break;
-    }
+#define UNPACK(bits) \
+    case bits: \
+        if (width == 64) \
+            unpack_bits(from, tokens, 64, bits, to, pitch); \
+        else if (width == 128) \
+            unpack_bits(from, tokens, 128, bits, to, pitch); \
+        else \
+            unpack_bits(from, tokens, width, bits, to, pitch); \
+        break;
+    switch (bits) { UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(8) }
+#undef UNPACK
 }
 
 /* Sums in eight parts, which the compiler keeps in vectors. */

@@ -2,6 +2,7 @@
 
 #define Floats NAME(Floats)
 #define Block NAME(Block)
+#define AT_ONCE (LANES == 16 ? 4 : 2) /* vectors of numbers that the registers hold beside sums */
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t NAME(Order) __attribute__((vector_size(4 * LANES)));
@@ -88,35 +89,46 @@ static void NAME(fill)(Block *block, const Job *job, int64_t first, int64_t last
     }
 }
 
-/* LANES numbers of a token from the `at`th on: codes alone, where the grid is a run's. */
-INLINE Floats NAME(numbers)(const Block *block, enum Grids kind, int64_t token, int64_t at)
+/* LANES numbers of a token from the `at`th on, `group` being theirs where all have the same: codes
+ * alone, where the grid is a run's. */
+INLINE Floats NAME(numbers)(const Block *block, enum Grids kind, int64_t token, int64_t at,
+                            int64_t group)
 {
     const Floats codes = NAME(widened)(block->codes + token * block->pitch + at);
-    const float *grid = block->grids + token * 2 * block->step;
-    if (kind == SPLAT) {
-        grid += block->of[at / LANES];
+    const float *grid = block->grids + token * 2 * block->step + (kind == SPLAT ? group : at);
+    if (kind == SPLAT)
         return codes * NAME(splat)(grid[0]) + NAME(splat)(grid[block->step]);
-    }
     if (kind == SPREAD)
-        return codes * NAME(load)(grid + at) + NAME(load)(grid + block->step + at);
+        return codes * NAME(load)(grid) + NAME(load)(grid + block->step);
     return codes;
 }
 
-/* out[head]: products of queries [heads, pitch] with `count` tokens (at most LANES). */
+/* out[head]: products of queries [heads, pitch] with `count` tokens (at most LANES) from the
+ * `first` on. A few tokens at a time share a look at the queries. */
 INLINE void NAME(dots)(const Block *block, enum Grids kind, int64_t first, int64_t count,
                        const float *query, int heads, float out[TILE][LANES])
 {
     const int64_t pitch = block->pitch;
     Floats parts[TILE][LANES];
-    for (int64_t token = 0; token < count; token++) {
-        Floats sums[TILE] = {{0}};
+    for (int64_t token = 0; token < count; token += AT_ONCE) {
+        Floats sums[TILE][AT_ONCE], numbers[AT_ONCE];
+        int64_t own[AT_ONCE]; /* the last token stands in for those beyond it */
+        for (int i = 0; i < AT_ONCE; i++)
+            own[i] = first + (token + i < count ? token + i : count - 1);
+        for (int head = 0; head < heads; head++)
+            for (int i = 0; i < AT_ONCE; i++)
+                sums[head][i] = (Floats){0};
         for (int64_t at = 0; at < pitch; at += LANES) {
-            const Floats numbers = NAME(numbers)(block, kind, first + token, at);
+            const int64_t group = kind == SPLAT ? block->of[at / LANES] : 0;
+            for (int i = 0; i < AT_ONCE; i++)
+                numbers[i] = NAME(numbers)(block, kind, own[i], at, group);
             for (int head = 0; head < heads; head++)
-                sums[head] += numbers * NAME(load)(query + head * pitch + at);
+                for (int i = 0; i < AT_ONCE; i++)
+                    sums[head][i] += numbers[i] * NAME(load)(query + head * pitch + at);
         }
         for (int head = 0; head < heads; head++)
-            parts[head][token] = sums[head];
+            for (int i = 0; i < AT_ONCE; i++)
+                parts[head][token + i] = sums[head][i];
     }
     for (int head = 0; head < heads; head++) {
         for (int left = LANES / 2; left; left /= 2)
@@ -132,13 +144,16 @@ INLINE void NAME(add)(const Block *block, enum Grids kind, int64_t count, const 
                       int64_t apart, int heads, int64_t at, int vectors, float *sums)
 {
     const int64_t pitch = block->pitch;
-    Floats own[TILE][4], numbers[4];
+    Floats own[TILE][AT_ONCE], numbers[AT_ONCE];
+    int64_t groups[AT_ONCE];
+    for (int i = 0; i < vectors; i++)
+        groups[i] = kind == SPLAT ? block->of[at / LANES + i] : 0;
     for (int head = 0; head < heads; head++)
         for (int i = 0; i < vectors; i++)
             own[head][i] = NAME(load)(sums + head * pitch + at + i * LANES);
     for (int64_t token = 0; token < count; token++) {
         for (int i = 0; i < vectors; i++)
-            numbers[i] = NAME(numbers)(block, kind, token, at + i * LANES);
+            numbers[i] = NAME(numbers)(block, kind, token, at + i * LANES, groups[i]);
         for (int head = 0; head < heads; head++)
             for (int i = 0; i < vectors; i++)
                 own[head][i] += NAME(splat)(weights[head * apart + token]) * numbers[i];
@@ -153,8 +168,8 @@ INLINE void NAME(adds)(const Block *block, enum Grids kind, int64_t count, const
 {
     const int64_t pitch = block->pitch;
     int64_t at = 0;
-    for (; at + 4 * LANES <= pitch; at += 4 * LANES)
-        NAME(add)(block, kind, count, weights, apart, heads, at, 4, sums);
+    for (; at + AT_ONCE * LANES <= pitch; at += AT_ONCE * LANES)
+        NAME(add)(block, kind, count, weights, apart, heads, at, AT_ONCE, sums);
     for (; at < pitch; at += LANES)
         NAME(add)(block, kind, count, weights, apart, heads, at, 1, sums);
 }
@@ -267,5 +282,6 @@ static void NAME(mix)(const Job *job, int64_t row, int64_t top, int heads, int64
 
 #undef Floats
 #undef Block
+#undef AT_ONCE
 #undef CASES
 #undef CHOOSE
