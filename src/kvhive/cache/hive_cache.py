@@ -299,7 +299,9 @@ def make_layers(
     count, policy = len(turns), recipe.policy
     tokens = None if recipe.budget is None else recipe.budget.tokens
     policies = [policy.for_layer(place, count, tokens) for place in range(count)]
-    limits = Limits(policies, recipe.budget, recipe.allocation, recipe.slack, profile)
+    limits = Limits(
+        policies, recipe.budget, recipe.allocation, recipe.slack, profile, recipe.store.best
+    )
     progress = Progress(count, limits)
     layers: list[HiveLayer] = []
     for place, own in enumerate(policies):
