@@ -7,6 +7,8 @@
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t NAME(Order) __attribute__((vector_size(4 * LANES)));
 
+enum { NAME(ROOM) = BLOCK > WIDEST * LANES ? BLOCK : WIDEST * LANES };
+
 /* Tokens at hand: a byte for each code, and grids of their own where runs have none. */
 typedef struct {
     int64_t pitch;         /* a token's numbers, filled up to whole vectors */
@@ -15,8 +17,8 @@ typedef struct {
     int64_t step;          /* floats from a token's scales to its zeros */
     const uint8_t *codes;  /* [tokens, pitch] */
     uint8_t of[WIDEST / LANES];   /* SPLAT: the group of each vector */
-    uint8_t room[BLOCK + WIDEST * LANES];
-    float grids[2 * (BLOCK + WIDEST * LANES)]; /* [tokens, 2, step] */
+    uint8_t room[NAME(ROOM)];
+    float grids[2 * NAME(ROOM)];   /* [tokens, 2, step] */
 } Block;
 
 INLINE Floats NAME(load)(const float *from)
@@ -62,7 +64,7 @@ static void NAME(prepare)(Block *block, const Job *job)
     block->most = BLOCK / block->pitch / LANES * LANES;
     if (block->most == 0)
         block->most = LANES;
-    block->kind = job->ends ? NONE : job->group % LANES == 0 ? SPLAT : SPREAD;
+    block->kind = job->in_runs ? NONE : job->group % LANES == 0 ? SPLAT : SPREAD;
     block->step = block->kind == SPLAT ? groups : block->pitch;
     for (int64_t vector = 0; block->kind == SPLAT && vector < block->pitch / LANES; vector++)
         block->of[vector] = vector * LANES / job->group;
@@ -189,7 +191,7 @@ INLINE int64_t NAME(next)(const Block *block, const Job *job, int64_t row, int64
                           int64_t last, int64_t *run)
 {
     int64_t end = from + block->most < last ? from + block->most : last;
-    if (!job->ends)
+    if (!job->in_runs)
         return end - from;
     const int64_t stop = job->run_starts[row] + job->run_counts[row];
     while (*run < stop && job->ends[*run] <= from)
@@ -212,10 +214,10 @@ static void NAME(logits)(const Job *job, int64_t row, int64_t top, int heads, in
     for (int head = 0; head < heads; head++)
         for (int64_t at = 0; at < pitch; at++)
             query[head * pitch + at] = at < width ? queries[head * job->dense_head + at] : 0;
-    int64_t run = job->ends ? job->run_starts[row] : 0, folded = -1;
+    int64_t run = job->in_runs ? job->run_starts[row] : 0, folded = -1;
     for (int64_t count; (count = NAME(next)(&block, job, row, first, last, &run)); first += count) {
         NAME(fill)(&block, job, job->starts[row] + first, job->starts[row] + first + count);
-        if (job->ends && run != folded) {
+        if (job->in_runs && run != folded) {
             grids(job, run * 2 * width, 2 * width, grid);
             for (int head = 0; head < heads; head++) {
                 const float *own = queries + head * job->dense_head;
@@ -251,7 +253,7 @@ static void NAME(mix)(const Job *job, int64_t row, int64_t top, int heads, int64
     const int64_t pitch = block.pitch, width = job->width;
     const float *weights = job->scores + row * job->scores_row + top * job->scores_head + job->at[row];
     float sums[HEADS * WIDEST], grid[2 * WIDEST];
-    int64_t run = job->ends ? job->run_starts[row] : 0;
+    int64_t run = job->in_runs ? job->run_starts[row] : 0;
     for (int64_t count; (count = NAME(next)(&block, job, row, first, last, &run)); first += count) {
         NAME(fill)(&block, job, job->starts[row] + first, job->starts[row] + first + count);
         memset(sums, 0, heads * pitch * sizeof *sums);
@@ -263,12 +265,12 @@ static void NAME(mix)(const Job *job, int64_t row, int64_t top, int heads, int64
             CHOOSE(block.kind, few)
 #undef CALL
         }
-        if (job->ends)
+        if (job->in_runs)
             grids(job, run * 2 * width, 2 * width, grid);
         for (int head = 0; head < heads; head++) {
             const float *own = sums + head * pitch;
             float *to = out + head * apart;
-            if (!job->ends) {
+            if (!job->in_runs) {
                 for (int64_t at = 0; at < width; at++)
                     to[at] += own[at];
                 continue;
