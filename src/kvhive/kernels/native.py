@@ -21,10 +21,15 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 JOB = struct.Struct("26q")  # `Job` of `_packed.c`: numbers, strides and addresses of 8 bytes each
 
 
+def turned_off() -> bool:
+    """Whether the user wants none of it."""
+    return os.environ.get("KVHIVE_NATIVE") == "0"
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """What was compiled from the sources that are here; None where that is not so."""
-    if os.environ.get("KVHIVE_NATIVE") == "0":
+    if turned_off():
         return None
     try:
         found = ctypes.CDLL(str(native_build.HERE / native_build.LIBRARY))
