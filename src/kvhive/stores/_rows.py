@@ -116,22 +116,25 @@ def held_at(rows: PackedRows) -> Tensor:
 
 
 def joined(rows: PackedRows, more: PackedRows) -> PackedRows:
-    """With the tokens of `more` (the same rows in the same form) behind those of each row."""
+    """With the tokens of `more` (the same rows in the same form, just packed) behind those of each
+    row.
+    """
     lengths = rows.lengths + more.lengths
     ends = torch.cat([rows.starts[1:], torch.tensor([len(rows.codes)])])
     if bool((rows.starts + lengths > ends).any()):
         rows = laid_out(rows, held_at(rows), rows.lengths, lengths + _spare(rows.lengths))
-    came, place = held_at(more), _spread(rows.starts + rows.lengths, more.lengths)
-    place = place.to(came.device)
-    rows.codes.index_copy_(0, place, more.codes.index_select(0, came))
+    place = _spread(rows.starts + rows.lengths, more.lengths).to(rows.codes.device)
+    rows.codes.index_copy_(0, place, more.codes)
     if rows.runs is None or more.runs is None:
-        rows.grids.index_copy_(0, place, more.grids.index_select(0, came))
+        rows.grids.index_copy_(0, place, more.grids)
         return replace(rows, lengths=lengths)
     counts = rows.runs.counts + more.runs.counts
-    order = _alternating(rows.runs, more.runs).to(came.device)
-    moved = more.runs.ends + rows.lengths.int().repeat_interleave(more.runs.counts).to(came.device)
+    order = _alternating(rows.runs, more.runs).to(place.device)
+    moved = more.runs.ends + rows.lengths.int().repeat_interleave(more.runs.counts).to(place.device)
     runs = Runs(torch.cat([rows.runs.ends, moved])[order], counts.cumsum(0) - counts, counts)
-    return replace(rows, lengths=lengths, grids=torch.cat([rows.grids, more.grids])[order], runs=runs)
+    return replace(
+        rows, lengths=lengths, grids=torch.cat([rows.grids, more.grids])[order], runs=runs
+    )
 
 
 def laid_out(rows: PackedRows, slots: Tensor, lengths: Tensor, sizes: Tensor) -> PackedRows:
@@ -153,8 +156,8 @@ def laid_out(rows: PackedRows, slots: Tensor, lengths: Tensor, sizes: Tensor) ->
 def kept(rows: PackedRows, keep: Tensor, form: Form) -> PackedRows:
     """The tokens marked in bool `[N]` (as `tokens_of` orders them).
 
-    Codes stay what they are. A run of which tokens went keeps its grid; where neighbours have
-    dwindled to less than half a run together, they become one run, once.
+    Codes stay what they are, and a run of which tokens went keeps its grid: nothing is rounded
+    twice. So runs that have dwindled take more bytes a token.
     """
     lengths = _per_row(keep, rows.lengths)
     left = laid_out(rows, held_at(rows)[keep], lengths, lengths)
