@@ -118,6 +118,12 @@ def test_newest_queries_see_each_other_causally(q: int, group: int) -> None:
     agrees(case([[q, SPLIT + 1, 65]], group, q=q, needs=asked, device=DEVICE))
 
 
+def test_queries_that_only_fill_a_tile_have_no_weight() -> None:
+    """Five queries in a tile of eight: with no decay left, theirs would be infinite."""
+    asked = Needs(columns="sum", decay=0.0)
+    agrees(case([[9, 5]], q=5, needs=asked, device=DEVICE))
+
+
 def test_all_rows_may_be_empty() -> None:
     one = case([[0, 0], [0, 0]], needs=Needs(columns="sum", last_rows=1), device=DEVICE)
     assert one.extents.longest == 0

@@ -215,7 +215,7 @@ def report(
         weights = tl.where(seeing[:, None], weights, 0.0)
         if columns is not None:
             power = weights * weights if SQUARE else weights
-            power = power * tl.exp(log_decay * (Q - 1 - number))[:, None]
+            power = power * tl.exp(log_decay * tl.maximum(Q - 1 - number, 0))[:, None]
             votes = tl.sum(tl.reshape(power, [HEADS, QUERIES, BLOCK]), 1)
             if FOLD:
                 folded += tl.sum(votes, 0)
