@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvhive.kernels import Needs, ragged_reference, triton_ragged
-from kvhive.kernels.triton_ragged import SPLIT
+from kvhive.kernels.triton_tiles import SPLIT, TALLEST
 from tests.kernels.ragged_cases import Case, case, lengths, needs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +107,7 @@ def test_lengths_at_the_edges_of_splits_and_very_unequal(group: int) -> None:
 @pytest.mark.parametrize("fold", [True, False])
 def test_groups_of_more_than_one_tile(fold: bool) -> None:
     asked = Needs(columns="sum", fold=fold, last_rows=1)
-    agrees(case([[70, 3]], triton_ragged.TALLEST + 3, needs=asked, device=DEVICE))
+    agrees(case([[70, 3]], TALLEST + 3, needs=asked, device=DEVICE))
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvhive.kernels import chunked, fused, triton_ragged
+from kvhive.kernels import chunked, fused, triton_ragged, triton_tiles
 from kvhive.kernels.contracts import Ask, Observed, Rows
 from kvhive.kernels.ragged import Extents, Seen
 
@@ -51,10 +51,10 @@ def serves_ragged(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool
 
     query `[b, H, q, d]`, keys `[S, d]`, values `[S, e]`.
     """
-    plain = ask.step.real is None and ask.valid is None and query.shape[2] <= triton_ragged.MOST
-    alike = query.dtype == keys.dtype == values.dtype and keys.dtype in triton_ragged.DTYPES
-    narrow = max(keys.shape[1], values.shape[1]) <= triton_ragged.WIDEST
-    there = keys.device.type in LAUNCHED and triton_ragged.available()
+    plain = ask.step.real is None and ask.valid is None and query.shape[2] <= triton_tiles.MOST
+    alike = query.dtype == keys.dtype == values.dtype and keys.dtype in triton_tiles.DTYPES
+    narrow = max(keys.shape[1], values.shape[1]) <= triton_tiles.WIDEST
+    there = keys.device.type in LAUNCHED and triton_tiles.available()
     return plain and alike and narrow and there
 
 
