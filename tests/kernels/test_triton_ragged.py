@@ -168,7 +168,7 @@ def test_programs_compile_for_gpus_and_fit_them(tmp_path: Path) -> None:
     """In a process of its own, in which Triton does not interpret."""
     script = Path(__file__).with_name("compile_triton.py")
     setting = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(script), "80"]
+    command = [sys.executable, str(script), "ragged", "80"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=setting)
     assert run.returncode == 0, run.stderr
     for name, shared in json.loads(run.stdout).items():
