@@ -12,10 +12,9 @@ from torch import Tensor
 from kvhive.kernels import Ask, Observed, Rows, attend, report, segments
 from kvhive.kernels.chunked import columns_of
 from kvhive.plan import Plan
-from kvhive.stores import _rows
 from kvhive.stores._exact import Exact, aligned
 from kvhive.stores._merging import fold
-from kvhive.stores._rows import Form
+from kvhive.stores._part import Form
 from kvhive.stores._side import Side
 from kvhive.stores.base import LayerFacts, Store, StoreKind
 
