@@ -49,7 +49,7 @@ class PackedKind(StoreKind):
         """For heads of such sizes. Raises `ValueError` for sizes that it cannot pack."""
         raise TypeError(f"{type(self).__name__} does not pack")
 
-    def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> PackedStore:
+    def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store."""
         return PackedStore(self)
 
@@ -98,13 +98,16 @@ class PackedStore(Store):
         self.batch, self.heads, fresh, _ = keys.shape
         if not self.length:
             self._dtype = keys.dtype
-            self.packing = packing = self._kind.packing(keys.shape[3], values.shape[3])
+            self.packing = packing = self._packing(keys.shape[3], values.shape[3])
             self._keys = Side(_plain(keys), packing.keys)
             self._values = Side(_plain(values), packing.values)
         else:
             for side, new in ((self._keys, keys), (self._values, values)):
                 side.exact.append(new.flatten(0, 1), AHEAD)
         self.length += fresh
+
+    def _packing(self, key_width: int, value_width: int) -> Packing:
+        return self._kind.packing(key_width, value_width)
 
     def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
         """All at once while nothing is packed; else see the class."""
