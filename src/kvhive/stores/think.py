@@ -66,21 +66,20 @@ class Think(PackedKind):
             keys=(),
             values=(PerToken(self.value_bits, group) if self.value_bits else Exactly(),),
             sinks=0,
-            keys_due=self.keys_due,
-            values_due=self._values_due if self.value_bits else self.keys_due,
+            keys_due=_nothing,
+            values_due=self._values_due if self.value_bits else _nothing,
         )
 
     def pruned(self, width: int) -> int:
         """Channels of a head that older keys lose: the product rounded down, but never all."""
         return min(math.floor(width * round(1 - self.keep, 12)), width - 1)
 
-    def keys_due(self, tail: int) -> int:
-        """How many of the `tail` newest tokens are thinned while decoding."""
-        older = max(0, tail - self.recent)
-        return older if self.rethin is not None and older >= self.rethin else 0
-
     def _values_due(self, tail: int) -> int:
         return due_in_groups(tail, self.recent)
+
+
+def _nothing(tail: int) -> int:
+    return 0
 
 
 class ThinkStore(PackedStore):
@@ -97,6 +96,7 @@ class ThinkStore(PackedStore):
         self._energy: QueryEnergy | None = None  # of the steps before it
         self._unfinished = False  # the prompt goes on in the next step
         self._due_now = False  # a prompt has ended
+        self._fresh = 0  # tokens that came since keys were thinned
 
     def _packing(self, key_width: int, value_width: int) -> Packing:
         packing = super()._packing(key_width, value_width)
@@ -104,18 +104,27 @@ class ThinkStore(PackedStore):
         return replace(packing, keys_due=self._keys_due, values_due=values_due)
 
     def _keys_due(self, tail: int) -> int:
-        if not (self._chosen or self._keys.forms):
-            return 0
-        return max(0, tail - self._think.recent) if self._due_now else self._think.keys_due(tail)
+        every = self._think.rethin
+        now = self._due_now or (every is not None and self._fresh >= every)
+        return max(0, tail - self._think.recent) if now and self._can_thin else 0
 
     @property
     def _chosen(self) -> bool:
         return bool(self._keys.parts)
 
     @property
+    def _can_thin(self) -> bool:
+        return self._chosen or bool(self._keys.forms)
+
+    @property
     def due(self) -> bool:
         """See the base."""
         return self._due_now or super().due
+
+    def append(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """Add q tokens, whole."""
+        super().append(keys, values, room)
+        self._fresh += keys.shape[2]
 
     def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
         """As every packed store; queries of a prompt leave their energy behind."""
@@ -142,8 +151,11 @@ class ThinkStore(PackedStore):
         first = self._due_now and not self._chosen
         if first:
             self._choose(None if valid is None else valid.flatten(0, 1))
+        thinning = self._keys_due(self._keys.exact.tail) > 0 if self.length else False
         super().pack(valid)
         self._due_now = False
+        if thinning:
+            self._fresh = 0
         if first and self._chosen:
             self._keys.forms, self._energy = (), None  # thin rows know their channels
             for side in self._sides:
@@ -165,6 +177,7 @@ class ThinkStore(PackedStore):
         """Forget the newest slots beyond `length`, and the energy of their queries."""
         if self._latest is not None:
             self._latest = self._latest.until(length)
+        self._fresh = max(0, self._fresh - (self.length - length))
         super().truncate(length)
 
     def select_rows(self, rows: Tensor) -> None:
