@@ -11,8 +11,8 @@ from torch import Tensor
 
 @cache
 def hadamard(size: int) -> Tensor:
-    """Float32 `[size, size]`, orthogonal and symmetric: the Hadamard matrix, scaled, of the largest power of two
-    in `size`; what is left (5 of 80, 3 of 96) is spread by a cosine transform, and the two are multiplied.
+    """Float32 `[size, size]`, orthogonal and symmetric: the scaled Hadamard matrix of the largest
+    power of two in `size`; what is left (5 of 80, 3 of 96) is spread by a cosine transform.
 
     Raises `ValueError` for a size below 1.
     """

@@ -17,7 +17,7 @@ class Exact:
     missing: bool `[R, used]`, True for columns that hold no token of their row; None: all do.
     """
 
-    def __init__(self, tokens: Tensor, sinks: int = 0, missing: Tensor | None = None) -> None:
+    def __init__(self, tokens: Tensor, missing: Tensor | None = None, sinks: int = 0) -> None:
         self._tokens, self.sinks, self.missing = tokens, sinks, missing
         self.used = tokens.shape[1]
 
@@ -57,7 +57,7 @@ class Exact:
             self.missing = torch.nn.functional.pad(self.missing, (0, more))
 
     def oldest(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """The oldest `count` columns of the tail, `[R, count, d]`, and which of them are missing."""
+        """The oldest `count` columns of the tail, `[R, count, d]`, and which are missing."""
         cut = slice(self.sinks, self.sinks + count)
         return self._tokens[:, cut], None if self.missing is None else self.missing[:, cut]
 

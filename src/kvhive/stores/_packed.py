@@ -49,6 +49,10 @@ class PackedKind(StoreKind):
         """For heads of such sizes. Raises `ValueError` for sizes that it cannot pack."""
         raise TypeError(f"{type(self).__name__} does not pack")
 
+    def check_heads(self, width: int) -> None:
+        """See the base."""
+        self.packing(width, width)
+
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store."""
         return PackedStore(self)
@@ -99,8 +103,8 @@ class PackedStore(Store):
         if not self.length:
             self._dtype = keys.dtype
             self.packing = packing = self._packing(keys.shape[3], values.shape[3])
-            self._keys = Side(_plain(keys), packing.keys)
-            self._values = Side(_plain(values), packing.values)
+            self._keys = Side(Exact(_plain(keys)), packing.keys)
+            self._values = Side(Exact(_plain(values)), packing.values)
         else:
             for side, new in ((self._keys, keys), (self._values, values)):
                 side.exact.append(new.flatten(0, 1), AHEAD)
@@ -161,17 +165,20 @@ class PackedStore(Store):
         """Pack what is due. valid: bool `[b, K, length]`, False for empty slots; None: none are."""
         if not self.length:
             return
-        tail = self.length - (self.packing.sinks if self._whole else 0)
+        packing = self.packing
         if self._whole:
-            if tail > 0 and max(self.packing.keys_due(tail), self.packing.values_due(tail)) > 0:
+            tail = self.length - packing.sinks
+            if tail > 0 and max(packing.keys_due(tail), packing.values_due(tail)) > 0:
                 self._arrange(valid.flatten(0, 1) if valid is not None else None, None)
                 self._look()
             return
-        for side, due in ((self._values, self.packing.values_due), (self._keys, self.packing.keys_due)):
-            if (count := due(side.exact.tail)) > 0:
-                lengths = side.pack(count)
-                if side is self._keys and len(self.packing.keys) > 1:
-                    self._remember(lengths)
+        if (count := packing.values_due(self._values.exact.tail)) > 0:
+            self._values.pack(count)
+        if (count := packing.keys_due(self._keys.exact.tail)) > 0:
+            lengths = self._keys.pack(count)
+            if len(packing.keys) > 1:
+                self._remember(lengths)
+            self._look()
 
     def resize(self, room: int) -> None:
         """Nothing to do: room is never made for many tokens."""
@@ -225,13 +232,14 @@ class PackedStore(Store):
 
     def _weights(self, query: Tensor, ask: Ask) -> Tensor:
         """float32 `[R, G * q, width]`: what each query gives every column."""
-        batch, heads, q, width = query.shape
+        batch, _, q, width = query.shape
         rows = (query.float() * ask.scale).reshape(batch * self.heads, -1, width)
         size = self._keys.width
-        out = rows.new_empty(*rows.shape[:2], size)
+        shape = *rows.shape[:2], size
+        out = rows.new_empty(shape) if self._level else rows.new_full(shape, NEVER)
         self._keys.products(rows, out)
-        if (seen := self._seen(ask)) is not None:
-            out.masked_fill_(~seen[:, None], NEVER)
+        if ask.valid is not None:
+            out.masked_fill_(~self._marked(ask.valid.flatten(0, 1))[:, None], NEVER)
         if q > 1 and ask.causal:
             own = torch.arange(q, device=out.device)
             hidden = (own > own[:, None]).repeat(out.shape[1] // q, 1)
@@ -240,7 +248,7 @@ class PackedStore(Store):
         if ask.step.real is not None:
             real = ask.step.real.repeat_interleave(self.heads, 0).repeat(1, out.shape[1] // q)
             weights = weights.masked_fill(~real[..., None], 0)
-        return weights if seen is None else weights.nan_to_num_(0.0)
+        return weights if ask.valid is None else weights.nan_to_num_(0.0)
 
     def _observed(self, query: Tensor, ask: Ask, weights: Tensor) -> Observed:
         batch, heads, q, _ = query.shape
@@ -268,7 +276,9 @@ class PackedStore(Store):
             valid = None if seen is None else seen[:, first:last].view(self.batch, self.heads, -1)
             asks.append(replace(ask, valid=valid, causal=ask.causal and last == size))
         parts = [
-            segments.segment(query, self._block(self._keys, *block), self._block(self._values, *block), part)
+            segments.segment(
+                query, self._block(self._keys, *block), self._block(self._values, *block), part
+            )
             for block, part in zip(blocks, asks, strict=True)
         ]
         out, lse = segments.merge(parts)
@@ -290,8 +300,7 @@ class PackedStore(Store):
         if blocks:
 
             def block(start: int, stop: int) -> Tensor:
-                joined = torch.cat([one.block(start, stop) for one in blocks], -1)
-                return self._slots(joined)
+                return self._slots(torch.cat([one.block(start, stop) for one in blocks], -1))
 
             rows = Rows(blocks[0].count, block, blocks[0].size)
         return Observed(
@@ -305,7 +314,8 @@ class PackedStore(Store):
 
     def _block(self, side: Side, first: int, last: int) -> Tensor:
         """float32 `[b, K, last - first, d]`."""
-        return side.columns(first, last).unflatten(0, (self.batch, self.heads))
+        block: Tensor = side.columns(first, last).unflatten(0, (self.batch, self.heads))
+        return block
 
     # ---- rows, slots and columns ----------------------------------------------------------------
 
@@ -386,8 +396,8 @@ class PackedStore(Store):
         return marked[:, :nowhere]
 
     def _slots(self, columns: Tensor) -> Tensor:
-        """Of `[b, heads, ..., width]`, heads those of keys or of queries, `[b, heads, ..., length]`;
-        zeros for empty slots.
+        """Of `[b, heads, ..., width]`, `[b, heads, ..., length]`: columns as slots, zeros for empty
+        ones; heads are KV heads or query heads.
         """
         if self._level:
             return columns
@@ -395,8 +405,11 @@ class PackedStore(Store):
         size = *columns.shape[:2], *[1] * (columns.dim() - 3), self.length
         each = columns.shape[1] // self.heads
         shape = self.batch, self.heads, self.length
-        column, held = (one.view(shape).repeat_interleave(each, 1).view(size) for one in (column, held))
-        return torch.take_along_dim(columns, column, -1) * held
+        column, held = (
+            one.view(shape).repeat_interleave(each, 1).view(size) for one in (column, held)
+        )
+        taken: Tensor = torch.take_along_dim(columns, column, -1) * held
+        return taken
 
     # ---- packing, folding, dropping -------------------------------------------------------------
 
@@ -421,9 +434,8 @@ class PackedStore(Store):
             first = counts - tail
             inside = (place >= sinks[row]) & (place < first[row])
             flat = side.exact.tokens[keep]
-            ends = _ends(flat, counts, sinks, tail)
-            made = Side(ends[0], side.forms)
-            made.exact.sinks, made.exact.missing = min(packing.sinks, int(counts.max())), ends[1]
+            most_sinks = min(packing.sinks, int(counts.max()))
+            made = Side(Exact(*_ends(flat, counts, sinks, tail), most_sinks), side.forms)
             for number in range(len(side.forms)):
                 if tier is None and number:
                     break
@@ -473,9 +485,10 @@ class PackedStore(Store):
 
     def _remember(self, lengths: Tensor) -> None:
         """So many more tokens of each row (int64 `[R]` on the CPU) are in the first tier."""
-        assert self._tiers is not None or not self._keys.parts[1:]
-        held = (self._packed_counts() - lengths) if self._tiers is not None else torch.zeros_like(lengths)
-        before = lengths.new_zeros(len(lengths), 0).byte() if self._tiers is None else self._tiers
+        before, held = self._tiers, self._packed_counts() - lengths
+        if before is None:
+            device = self._keys.exact.tokens.device
+            before = torch.zeros(len(lengths), 0, dtype=torch.uint8, device=device)
         size, most = before.shape[1], int(lengths.max())
         keep = torch.cat(
             [
@@ -494,10 +507,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return rows.clone() if rows.is_inference() else rows
 
 
-def _ends(flat: Tensor, counts: Tensor, sinks: Tensor, tail: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of tokens `[N, d]`, `counts` of each row one row after another: the first `sinks` and the last
-    `tail` of each row, `[R, most sinks + longest tail, d]`, both right-aligned, and which columns are
-    missing; None: none is. All int64 `[R]`.
+def _ends(
+    flat: Tensor, counts: Tensor, sinks: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Of tokens `[N, d]`, `counts` of each row one row after another: the first `sinks` and the
+    last `tail` of each row, `[R, most sinks + longest tail, d]`, both right-aligned, and which
+    columns are missing; None: none is. All int64 `[R]`.
     """
     base = counts.cumsum(0) - counts
     parts, missing = [], []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvhive.kernels import bits as grids_of
+from kvhive.kernels.hadamard import hadamard
 from kvhive.kernels.packed import PackedRows, Runs, logits, mix
 from kvhive.stores._flat import fits, marked_of, moved, slots_of, spare, starts_of
 from kvhive.stores._part import Form, Part
@@ -94,21 +95,21 @@ class Coded(Part):
 class PerToken(Coding):
     """Each token by itself, its numbers in groups of `group` that follow each other.
 
-    bits: of a number. group: divides the width. turn: a matrix `[width, width]` that tokens are
-    multiplied by first; None: none.
+    bits: of a number. group: divides the width. spread: whether tokens are multiplied by the
+    Hadamard matrix first.
     """
 
     bits: int
     group: int
-    turn: Tensor | None = None
+    spread: bool = False
 
     def turned(self, numbers: Tensor) -> Tensor:
-        """Times the matrix."""
-        return numbers if self.turn is None else numbers @ self.turn.to(numbers.device)
+        """See the base."""
+        return numbers @ hadamard(numbers.shape[-1]).to(numbers) if self.spread else numbers
 
     def turned_back(self, numbers: Tensor) -> Tensor:
-        """Times its transpose."""
-        return numbers if self.turn is None else numbers @ self.turn.T.to(numbers.device)
+        """See the base; the matrix is its own inverse."""
+        return self.turned(numbers)
 
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
         """See the base."""
@@ -181,20 +182,22 @@ def held_at(rows: PackedRows) -> Tensor:
 
 
 def joined(rows: PackedRows, more: PackedRows) -> PackedRows:
-    """With the tokens of `more` (the same rows in the same form) behind those of each row."""
+    """With the tokens of `more` (the same rows in the same form, just packed) behind those of each
+    row.
+    """
     lengths = rows.lengths + more.lengths
     if not fits(rows.starts, lengths, len(rows.codes)):
         rows = laid_out(rows, held_at(rows), rows.lengths, lengths + spare(rows.lengths))
-    came, place = held_at(more), slots_of(rows.starts + rows.lengths, more.lengths)
-    place = place.to(came.device)
-    rows.codes.index_copy_(0, place, more.codes.index_select(0, came))
+    place = slots_of(rows.starts + rows.lengths, more.lengths).to(rows.codes.device)
+    rows.codes.index_copy_(0, place, more.codes)
     if rows.runs is None or more.runs is None:
-        rows.grids.index_copy_(0, place, more.grids.index_select(0, came))
+        rows.grids.index_copy_(0, place, more.grids)
         return replace(rows, lengths=lengths)
     counts = rows.runs.counts + more.runs.counts
-    order = _alternating(rows.runs, more.runs).to(came.device)
-    moved = more.runs.ends + rows.lengths.int().repeat_interleave(more.runs.counts).to(came.device)
-    runs = Runs(torch.cat([rows.runs.ends, moved])[order], starts_of(counts), counts)
+    order = _alternating(rows.runs, more.runs).to(place.device)
+    before = rows.lengths.int().repeat_interleave(more.runs.counts).to(place.device)
+    ends = torch.cat([rows.runs.ends, more.runs.ends + before])[order]
+    runs = Runs(ends, starts_of(counts), counts)
     return replace(
         rows, lengths=lengths, grids=torch.cat([rows.grids, more.grids])[order], runs=runs
     )
@@ -214,8 +217,8 @@ def laid_out(rows: PackedRows, slots: Tensor, lengths: Tensor, sizes: Tensor) ->
 def kept(rows: PackedRows, keep: Tensor) -> PackedRows:
     """The tokens marked in bool `[N]` (as `tokens_of` orders them).
 
-    Codes stay what they are. A run of which tokens went keeps its grid; where neighbours have
-    dwindled to less than half a run together, they become one run, once.
+    Codes stay what they are, and a run of which tokens went keeps its grid: nothing is rounded
+    twice. So runs that have dwindled take more bytes a token.
     """
     lengths = marked_of(keep, rows.lengths)
     left = laid_out(rows, held_at(rows)[keep], lengths, lengths)

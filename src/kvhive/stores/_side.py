@@ -10,6 +10,8 @@ from torch import Tensor
 from kvhive.stores._exact import Exact
 from kvhive.stores._part import Form, Part
 
+NEVER = float("-inf")
+
 
 class Side:
     """Keys or values of R rows.
@@ -18,14 +20,15 @@ class Side:
     columns of its own, then the newest tokens. The last part of a row reaches up to its newest
     tokens, so that in a store of one part a token's column tells only how many come after it.
 
-    exact: tokens `[R, n, d]`, all of them to begin with. forms: of the parts there can be; the
+    exact: all tokens to begin with, or what is left of them. forms: of the parts there can be; the
     parts that there are have the first of them.
     """
 
-    def __init__(self, exact: Tensor, forms: Sequence[Form]) -> None:
-        self.exact = Exact(exact)
+    def __init__(self, exact: Exact, forms: Sequence[Form]) -> None:
+        self.exact = exact
         self.forms = tuple(forms)
         self.parts: list[Part] = []
+        self._lay_out()
 
     @property
     def lengths(self) -> Tensor:
@@ -41,34 +44,31 @@ class Side:
     @property
     def width(self) -> int:
         """Columns."""
-        return self.exact.sinks + sum(part.longest for part in self.parts[:-1]) + self._last
-
-    @property
-    def _last(self) -> int:
-        """Columns of the last part and the newest tokens."""
-        exact, empty = self.exact, self.exact.empty
-        if not self.parts:
-            return exact.tail
-        lengths = self.parts[-1].lengths + exact.tail
-        return max(exact.tail, int((lengths if empty is None else lengths - empty).max()))
+        return self._before_tail + self.exact.tail
 
     def places(self) -> list[Tensor]:
         """For every part int64 `[R]` on the CPU: the column of each row's first token."""
-        exact, empty, found = self.exact, self.exact.empty, []
-        end = exact.sinks
+        return self._places
+
+    def _lay_out(self) -> None:
+        """Find out where the parts are; what is appended to the newest tokens changes nothing."""
+        empty, end = self.exact.empty, self.exact.sinks
+        self._places: list[Tensor] = []
         for part in self.parts[:-1]:
             end += part.longest
-            found.append(end - part.lengths)
+            self._places.append(end - part.lengths)
         if self.parts:
-            last = self.width - exact.tail - self.parts[-1].lengths
-            found.append(last if empty is None else last + empty)
-        return found
+            lengths = self.parts[-1].lengths
+            reach = lengths if empty is None else lengths - empty
+            end += max(0, int(reach.max()))
+            self._places.append(end - reach)
+        self._before_tail = end
 
     def columns(self, first: int, last: int) -> Tensor:
         """float32 `[R, last - first, d]`: the tokens of some columns, unpacked; zeros elsewhere."""
         exact, tokens = self.exact, self.exact.tokens
         out = tokens.new_zeros(len(tokens), last - first, tokens.shape[2], dtype=torch.float32)
-        ends = ((0, 0, exact.sinks), (self.width - exact.tail, exact.sinks, exact.used))
+        ends = ((0, 0, exact.sinks), (self._before_tail, exact.sinks, exact.used))
         for column, start, stop in ends:
             begin, end = max(first, column), min(last, column + stop - start)
             if begin < end:
@@ -87,21 +87,23 @@ class Side:
         return out
 
     def products(self, query: Tensor, out: Tensor) -> None:
-        """Products of float32 queries `[R, G, d]` with all tokens, to float32 `out` `[R, G, width]`.
+        """Products of float32 queries `[R, G, d]` with all tokens, to float32 `[R, G, width]`.
 
-        What a column without a token of its row holds then means nothing.
+        A column without a token of its row is left as it is, or minus infinity.
         """
         exact = self.exact
         product = query @ exact.tokens.float().transpose(1, 2)
+        if exact.missing is not None:
+            product.masked_fill_(exact.missing[:, None], NEVER)
         out[..., : exact.sinks] = product[..., : exact.sinks]
-        out[..., self.width - exact.tail :] = product[..., exact.sinks :]
+        out[..., self._before_tail :] = product[..., exact.sinks :]
         for part, place in zip(self.parts, self.places(), strict=True):
             part.logits(query, out, place)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """All tokens, weighed by float32 `[R, G, width]`: float32 `[R, G, d]`."""
         exact = self.exact
-        ends = weights[..., : exact.sinks], weights[..., self.width - exact.tail :]
+        ends = weights[..., : exact.sinks], weights[..., self._before_tail :]
         joined = torch.cat(ends, -1)
         if exact.missing is not None:  # columns that a part reaches into
             joined = joined.masked_fill(exact.missing[:, None], 0)
@@ -118,12 +120,12 @@ class Side:
         tokens, missing = self.exact.oldest(count)
         if missing is None:
             lengths = torch.full((len(tokens),), count)
-            flat = tokens.reshape(-1, tokens.shape[2])
+            flat = tokens.reshape(-1, tokens.shape[2]).clone()
         else:
             lengths = count - missing.sum(1).cpu()
             flat = tokens[~missing]
-        self.put(0, flat, lengths)
         self.exact.drop_oldest(count)
+        self.put(0, flat, lengths)
         return lengths
 
     def put(self, part: int, tokens: Tensor, lengths: Tensor) -> None:
@@ -132,6 +134,7 @@ class Side:
             nothing = torch.zeros_like(lengths)
             self.parts.append(self.forms[len(self.parts)].part(tokens[:0], nothing))
         self.parts[part] = self.parts[part].joined(tokens, lengths)
+        self._lay_out()
 
     def put_in(self, marked: Tensor, tokens: Tensor) -> None:
         """Replace the tokens in the columns marked, bool `[R, width]`, by those of `[R, width, d]`.
@@ -162,6 +165,7 @@ class Side:
         self.exact.drop_newest(count - beyond)
         if beyond:
             self.parts[0] = self.parts[0].shortened(self.parts[0].lengths - beyond)
+        self._lay_out()
 
     def keep(self, marked: Tensor) -> None:
         """Keep the tokens in the columns marked, bool `[R, width]`, False where there is none."""
@@ -175,13 +179,16 @@ class Side:
         ends = marked[:, : exact.sinks], marked[:, marked.shape[1] - exact.tail :]
         joined = torch.cat(ends, 1)
         exact.keep(joined if exact.missing is None else joined & ~exact.missing)
+        self._lay_out()
 
     def select(self, which: Tensor) -> None:
         """Row i becomes what row `which[i]` was."""
         self.exact.select(which)
         self.parts = [part.selected(which.cpu()) for part in self.parts]
+        self._lay_out()
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held."""
-        return self.exact.nbytes + sum(part.nbytes for part in self.parts)
+        places = sum(place.untyped_storage().nbytes() for place in self._places)
+        return self.exact.nbytes + places + sum(part.nbytes for part in self.parts)

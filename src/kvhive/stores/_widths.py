@@ -1,4 +1,4 @@
-"""What knobs of packed stores have in common: bits that there are, and groups that divide a head."""
+"""What knobs of packed stores have in common: bits there are, and groups that divide a head."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def group_for(owner: str, width: int, wanted: int | None) -> int:
 
 
 def due_in_groups(tail: int, residual: int) -> int:
-    """How many of `tail` newest tokens are packed so that at least `residual` stay, GROUP at once."""
+    """How many of `tail` newest tokens are packed, GROUP at once; `residual` stay at least."""
     return max(0, (tail - residual) // GROUP * GROUP)
 
 
