@@ -19,6 +19,7 @@ from . import (
     scissorhands,
     snapkv,
     streaming_llm,
+    think,
     tova,
     zigzagkv,
 )
@@ -37,6 +38,7 @@ REPLAYS: dict[str, Callable[[Case], None]] = {
     "scissorhands": scissorhands.replay,
     "snapkv": snapkv.replay,
     "streaming_llm": streaming_llm.replay,
+    "think": think.replay,
     "tova": tova.replay,
     "zigzagkv": zigzagkv.replay,
 }
