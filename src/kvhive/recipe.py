@@ -75,6 +75,12 @@ class Recipe:
             )
 
         self._check_allocation()
+        readers = [self.allocation.calibration, self.store.calibration]
+        if None not in readers:
+            raise ValueError(
+                f"{readers[0]} and {readers[1]} read a profile each, and a cache takes one: leave "
+                "one of them out"
+            )
 
     def _check_allocation(self) -> None:
         """Raises `ValueError` for an allocation that this policy leaves nothing to share out."""

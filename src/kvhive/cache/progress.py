@@ -39,6 +39,11 @@ class Progress:
         self._done = self.layers  # layers that have gone through the step
         self.limits.reset()
 
+    @property
+    def waits(self) -> bool:
+        """Whether what the steps bring is not evicted from: it may, or will, be taken back."""
+        return self.recording or self.repeats is not None
+
     # ---- the step -------------------------------------------------------------------------------
 
     def begin(
@@ -58,7 +63,7 @@ class Progress:
                     "(HiveCache.for_model sets it); make a new cache, or call reset()"
                 )
             self._step, self._done = self._next(keys, mask, phase), 0
-            if phase is not None or not (self.recording or self.repeats is not None):
+            if phase is not None or not self.waits:
                 self.limits.follow(self._step, self.lengths(), keys.shape[1])
         if self._step is None or layer != self._done or keys.shape[2] != self._step.fresh:
             raise ValueError(
