@@ -22,6 +22,7 @@ from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.profiles import profile_for
 from kvhive.cache.progress import Progress
+from kvhive.cache.projections import skipping
 from kvhive.cache.report import Report, summary
 from kvhive.cache.room import HEADROOM
 from kvhive.cache.sharing import SharedLayer, all_layers, holders
@@ -61,6 +62,8 @@ class HiveCache(Cache):
         self.progress = ours[0].progress
         for own in ours:
             own.facts = facts
+        if facts.model is not None and (model := facts.model()) is not None:
+            self._skipping = skipping(model, set(self.compressed) - set(self.holding))
         layers = facts.stock_layers()
         for index, layer in zip(self.compressed, all_layers(ours, sources), strict=True):
             layers[index] = layer
