@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -56,7 +55,7 @@ class KVSharerCalibration(Calibration):
         kept: Kept,
         tick: Callable[[float], None],
     ) -> dict[str, Tensor]:
-        """See the base. Warns when fewer layers can share than were asked for."""
+        """See the base. Raises `ValueError` where no layer can share."""
         reading = Reading.of(model, texts)
         count = len(reading.full)
         asked = round(_MANY * count) if self.layers is None else self.layers
@@ -81,7 +80,11 @@ class KVSharerCalibration(Calibration):
                 taken.append(trial)
             tick(max(len(taken) / asked, trial.place / len(distances)))
         tick(1.0)
-        _tell(len(taken), asked, self.threshold)
+        if not taken:
+            raise ValueError(
+                f"kvsharer: no layer can share with a cosine above {self.threshold}; lower the "
+                "setting threshold"
+            )
         return {
             "pairs": torch.tensor([trial.pair for trial in taken]),
             "similarity": torch.tensor([trial.similarity for trial in taken]).double(),
@@ -113,6 +116,14 @@ class KVSharerCalibration(Calibration):
                 ".1f",
             ),
         )
+
+    @classmethod
+    def remark(cls, profile: Profile) -> str:
+        """That fewer layers can share than were asked for."""
+        found, asked = len(profile.tensors["pairs"]), int(profile.tensors["asked"])
+        if found == asked:
+            return ""
+        return f"{found} layers can share, of {asked} asked for; a lower threshold allows more"
 
 
 # ---- the search ---------------------------------------------------------------------------------
@@ -187,21 +198,6 @@ def _square(distances: Mapping[Pair, float], layers: int) -> Tensor:
     for (i, j), distance in distances.items():
         square[i, j] = distance
     return square
-
-
-def _tell(found: int, asked: int, threshold: float) -> None:
-    """Raises `ValueError` if nothing was found, and warns where it is less than was asked for."""
-    if not found:
-        raise ValueError(
-            f"kvsharer: no layer can share with a cosine above {threshold}; lower the setting "
-            "threshold"
-        )
-    if found < asked:
-        warnings.warn(
-            f"kvsharer: {found} layers can share with a cosine above {threshold}, of {asked} asked "
-            "for",
-            stacklevel=3,
-        )
 
 
 # ---- the model ----------------------------------------------------------------------------------
