@@ -75,11 +75,11 @@ class Recipe:
             )
 
         self._check_allocation()
-        readers = [self.allocation.calibration, self.store.calibration]
-        if None not in readers:
+        one, other = self.allocation.calibration, self.store.calibration
+        if one is not None and other is not None and one != other:
             raise ValueError(
-                f"{readers[0]} and {readers[1]} read a profile each, and a cache takes one: leave "
-                "one of them out"
+                f"{one} and {other} read a profile each, and a cache takes one: leave one of them "
+                "out"
             )
 
     def _check_allocation(self) -> None:
