@@ -315,7 +315,9 @@ def make_layers(
     places = holders(range(count) if sources is None else sources)
     tokens = None if recipe.budget is None else recipe.budget.tokens
     policies = [policy.for_layer(place, count, tokens) for place in places]
-    limits = Limits(policies, recipe.budget, recipe.allocation, recipe.slack, profile)
+    limits = Limits(
+        policies, recipe.budget, recipe.allocation, recipe.slack, profile, recipe.store.best
+    )
     progress = Progress(len(places), limits)
     layers: list[HiveLayer] = []
     for own, place in zip(policies, places, strict=True):

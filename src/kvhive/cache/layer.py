@@ -199,7 +199,7 @@ class HiveLayer(CacheLayer):
         step, self.step = self.step, None
         if step is not None and not self.progress.waits:
             self._fit(step)
-        self.slots.pack(self.store.nbytes)
+        self._pack_after_step()
 
     @plain
     def replay(
@@ -216,11 +216,13 @@ class HiveLayer(CacheLayer):
         self._hear()
         self._append(keys, values, step)
         self._conclude(step, seen)
+        self._pack_after_step()
         self.progress.finish()
 
     def settle(self, pending: Pending) -> None:
         """A prompt that was recorded and stays: observe and evict after all."""
         self._conclude(pending.step, self._reported(pending))
+        self._pack_after_step()
 
     def accept(self, pending: Pending) -> None:
         """A drafted token that was accepted: what decoding it would have left."""
@@ -229,6 +231,7 @@ class HiveLayer(CacheLayer):
         self._hear()
         self._append(pending.keys, pending.values, step)
         self._conclude(step, self._reported(replace(pending, step=step)))
+        self._pack_after_step()
         self.progress.finish()
 
     def _taken(self) -> tuple[Tensor, Tensor]:
@@ -326,6 +329,7 @@ class HiveLayer(CacheLayer):
         """
         if self.slots.length:
             self.evict(decoding=False, spare=tokens)
+            self._pack_after_step()
 
     def shrink(self, room: int) -> None:
         """Give back room beyond `room` slots, made for tokens that were taken back."""
@@ -355,6 +359,28 @@ class HiveLayer(CacheLayer):
         self.slots.pack(self.store.nbytes)
         self.eviction.forget()
         self.evicted, self.appended = True, 0
+
+    def _pack_after_step(self) -> None:
+        """Pack what is due, of all layers when the last of those that are evicted from together is
+        through.
+        """
+        if not self.eviction.together:
+            self._pack()
+        elif self.place == len(self.layers) - 1:
+            for layer in self.layers:
+                layer._pack()
+
+    def _pack(self) -> None:
+        """Let the store pack what is due, and hold no empty slots, unless what the step brought may
+        still be taken back, or is to be read once more.
+        """
+        progress = self.progress
+        if not (progress.recording or progress.reading or self.slots.gaps):
+            if self.store.due:
+                self._hear()  # of keys as they were attended to
+            unknown = self.slots.holes and not self.store.knows_empty
+            self.store.pack(self.slots.valid if unknown else None)
+        self.slots.pack(self.store.nbytes)
 
     def _close_gaps(self) -> None:
         """Move padding that came after tokens to the front of its row, where empty slots belong."""

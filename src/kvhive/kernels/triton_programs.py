@@ -215,7 +215,8 @@ def report(
         weights = tl.where(seeing[:, None], weights, 0.0)
         if columns is not None:
             power = weights * weights if SQUARE else weights
-            power = power * tl.exp(log_decay * (Q - 1 - number))[:, None]
+            age = tl.maximum(Q - 1 - number, 0)  # rows of the tile beyond the queries count nothing
+            power = power * tl.exp(log_decay * age)[:, None]
             votes = tl.sum(tl.reshape(power, [HEADS, QUERIES, BLOCK]), 1)
             if FOLD:
                 folded += tl.sum(votes, 0)

@@ -66,6 +66,18 @@ class Store(ABC):
         Returns the store to go on with, which is another where the form changes.
         """
 
+    @property
+    def due(self) -> bool:
+        """Whether `pack` would change keys."""
+        return False
+
+    def pack(self, valid: Tensor | None = None) -> None:
+        """A step is over: what is due is packed, where this form packs anything.
+
+        valid: bool `[b, K, length]`, False for empty slots; None: every slot holds a token, or the
+        store knows.
+        """
+
     @abstractmethod
     def resize(self, room: int) -> None:
         """Hold the same in room for `room` slots, no fewer than there are."""
@@ -128,6 +140,13 @@ class StoreKind(Spec):
         its own, or that of an earlier one which holds its own. Others get no store.
         """
         return range(layers)
+
+    @property
+    def best(self) -> float | None:
+        """The part of the tokens seen that it holds better than the rest; None: it holds all alike.
+        An eviction then says which those are (`Plan.best`).
+        """
+        return None
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""

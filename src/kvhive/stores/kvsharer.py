@@ -55,6 +55,11 @@ class KVSharer(StoreKind):
     def _inner(self) -> StoreKind:
         return parse(STORES, self.store)
 
+    @property
+    def best(self) -> float | None:
+        """See the base."""
+        return self._inner.best
+
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """A store for a layer that holds tokens."""
         return self._inner.new(facts, earlier)
