@@ -71,7 +71,7 @@ class Store(ABC):
         """Whether `pack` would change keys."""
         return False
 
-    def pack(self, valid: Tensor | None = None) -> None:
+    def pack(self, valid: Tensor | None = None) -> None:  # noqa: B027  # most have nothing to do
         """A step is over: what is due is packed, where this form packs anything.
 
         valid: bool `[b, K, length]`, False for empty slots; None: every slot holds a token, or the
