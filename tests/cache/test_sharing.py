@@ -344,29 +344,44 @@ def test_caches_step_together_and_read_twice(deep: PreTrainedModel, recipe: str)
     assert kept_sets(alone) == kept_sets(beside)
 
 
-def test_queries_read_keys_that_were_turned() -> None:
-    """Positions counted in the cache: a layer that shares sees the source's keys as they stand."""
-    rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03]))
-    own = make_layers(Recipe.parse("streaming_llm(sink=2)@12"), [rotation] * 2, sources=[0, 0])
-    source, reader = all_layers(own, [0, 0])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "streaming_llm(sink=2)@12",
+        "h2o@24/global",
+        "full+kvsharer(store='rotated(bits=4, residual=4)')",
+        "h2o@24+kvsharer(store='rotated(bits=4, residual=4)')",
+        "h2o@24/global+kvsharer(store='kivi(bits=4, group=8, residual=8)')",
+        "snapkv(window=4)@24+kvsharer(store='tiers(residual=4)')",
+    ],
+)
+def test_queries_read_what_the_source_holds(recipe: str) -> None:
+    """As it stands: keys turned to positions in the cache, packed in few bits, not evicted yet."""
+    parsed = Recipe.parse(recipe)
+    turns = parsed.positions or parsed.policy.position_rule
+    rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03])) if turns == "cache" else None
+    own = make_layers(parsed, [rotation] * 3, sources=[0, 1, 0])
+    source, _, reader = layers = all_layers(own, [0, 1, 0])
     assert isinstance(reader, SharedLayer)
     draw = torch.Generator().manual_seed(0)
-    for fresh in (30, 1, 1, 1, 5, 1):
+    for fresh in (60, 1, 1, 1, 5, *[1] * 20):
         keys, values = (torch.randn(2, 2, fresh, 8, generator=draw) for _ in range(2))
         queries = torch.randn(2, 4, fresh, 8, generator=draw)
-        for layer in (source, reader):
+        for layer in layers:
             layer.update(keys, values)
-            out = layer.attend(queries, 0.3) if layer is source else None
-            if out is None:
-                held = [part.repeat_interleave(2, 1) for part in source.store.view()]
-                n = held[0].shape[2]
-                causal = torch.ones(fresh, n, dtype=torch.bool).tril(n - fresh)
-                expected = F.scaled_dot_product_attention(
-                    queries, *held, attn_mask=causal, scale=0.3
-                )
-                out = reader.attend(queries, 0.3)
-                assert torch.allclose(out, expected, atol=1e-5)
-        assert source.slots.length <= 12
+            if layer is reader:
+                held, valid = source.store.view(), source.slots.valid
+            out = layer.attend(queries, 0.3)
+        assert out.shape == queries.shape
+        parts = [part.repeat_interleave(2, 1) for part in (*held, valid[..., None])]
+        n = held[0].shape[2]
+        causal = torch.ones(fresh, n, dtype=torch.bool).tril(n - fresh)
+        mask = causal & parts[2].transpose(2, 3)
+        expected = F.scaled_dot_product_attention(queries, *parts[:2], attn_mask=mask, scale=0.3)
+        assert torch.allclose(out, expected, atol=2e-3)
+        assert not source.step
+    limits = own[0].progress.limits
+    assert limits.all is None or int(source.slots.count.sum()) < 2 * 2 * 60
 
 
 def test_a_source_gives_nothing_up_before_the_last_has_read() -> None:

@@ -17,7 +17,7 @@ from kvhive.stores import LayerFacts
 from kvhive.stores.dense import DenseStore
 from kvhive.stores.kvsharer import KVSharer, linked, shared
 from tests.stores.sharing_maps import profile, profile_of, random_pairs
-from tests.support import tiny, tiny_llama
+from tests.support import random_ids, read, tiny, tiny_llama
 
 PAIRS = [(5, 1), (3, 0), (4, 2)]
 
@@ -111,6 +111,21 @@ def test_a_knob_names_the_file(tmp_path: Path) -> None:
     profile_of(model, PAIRS).save(tmp_path / "p")
     cache = HiveCache.for_model(model, f"h2o@40+kvsharer(layers=3, profile='{tmp_path / 'p'}')")
     assert cache.holding == (0, 1, 2)
+
+
+def test_others_hold_tokens_in_few_bits() -> None:
+    """A product: fewer layers, and fewer bits in each."""
+    model = tiny("llama", "sdpa", num_hidden_layers=6)
+    made, ids = profile_of(model, PAIRS), random_ids(1, 400)
+    sizes = {}
+    for recipe in ("full", "full+rotated", "full+kvsharer(layers=3, store=rotated)"):
+        given = made if "kvsharer" in recipe else None
+        cache = HiveCache.for_model(model, recipe, given)
+        read(model, cache, ids, 390)
+        sizes[recipe] = sum(layer.nbytes for layer in cache.hive_layers())
+    full, rotated, both = sizes.values()
+    assert both == pytest.approx(rotated / 2, rel=0.01)
+    assert both < full / 4
 
 
 def test_two_profiles_are_one_too_many(model: PreTrainedModel) -> None:
