@@ -370,7 +370,8 @@ def test_queries_read_what_the_source_holds(recipe: str) -> None:
         for layer in layers:
             layer.update(keys, values)
             if layer is reader:
-                held, valid = source.store.view(), source.slots.valid
+                held = [part.clone() for part in source.store.view()]
+                valid = source.slots.valid
             out = layer.attend(queries, 0.3)
         assert out.shape == queries.shape
         parts = [part.repeat_interleave(2, 1) for part in (*held, valid[..., None])]
@@ -424,12 +425,17 @@ def test_out_of_turn_and_twice_are_refused() -> None:
     own = make_layers(Recipe.parse("full"), [None] * 2, sources=[0, 0])
     source, reader = all_layers(own, [0, 0])
     keys, query = torch.randn(1, 2, 4, 8), torch.randn(1, 4, 4, 8)
+    reader.update(keys, keys)
     with pytest.raises(ValueError, match="was given 4 out of turn: all layers take every step"):
-        reader.update(keys, keys)
+        reader.attend(query, 1.0)
     source.update(keys, keys)
     source.attend(query, 1.0)
+    reader.update(keys[..., :6], keys)
     with pytest.raises(ValueError, match=r"this cache holds .* but was given \(1, 2, 6\)"):
-        reader.update(keys[..., :6], keys)
+        reader.attend(query, 1.0)
+    reader.update(keys[:, :, :3], keys[:, :, :3])
+    with pytest.raises(ValueError, match="was given 3 out of turn: all layers take every step"):
+        reader.attend(query, 1.0)
     assert reader.get_seq_length() == 0
     reader.update(keys, keys)
     assert reader.get_seq_length() == 4

@@ -110,13 +110,8 @@ class HiveLayer(CacheLayer):
         finds it; what is held stays in the store. Raises `ValueError` if the cache was made for
         another model or batch, or if the last tokens handed in were never attended to.
         """
-        if self._waiting is not None or self.step is not None:
-            raise ValueError(
-                "attention did not read the last tokens of this cache: either its model changes "
-                "the keys between cache and attention or uses another attention than 'kvhive' "
-                "(HiveCache.for_model sets it), or the last step failed halfway; make a new cache, "
-                "or call reset()"
-            )
+        if self._waiting is not None:
+            raise _unread()
         if not self.slots.length:
             self.lazy_initialization(key_states, value_states)
         else:
@@ -151,6 +146,8 @@ class HiveLayer(CacheLayer):
         mask: bool `[b, tokens]`, False for padding, as `Progress.begin` reads it.
         """
         keys, values = self._taken()
+        if self.step is not None:
+            raise _unread()
         step = self.progress.begin(self.place, keys, mask)
         if step.order is not None:
             query, keys, values = (in_order(part, step.order) for part in (query, keys, values))
@@ -452,3 +449,11 @@ class HiveLayer(CacheLayer):
                 f"{self._shape(keys)}; a cache belongs to one model and one batch: make a new one, "
                 "or call reset()"
             )
+
+
+def _unread() -> ValueError:
+    return ValueError(
+        "attention did not read the last tokens of this cache: either its model changes the keys "
+        "between cache and attention or uses another attention than 'kvhive' (HiveCache.for_model "
+        "sets it), or the last step failed halfway; make a new cache, or call reset()"
+    )

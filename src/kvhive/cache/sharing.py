@@ -36,9 +36,8 @@ class SharedLayer(CacheLayer):
 
     def reset(self) -> None:
         """Back to the start of a step; the source forgets by itself."""
-        self._waiting: tuple[Tensor, Tensor] | None = None
-        self._taken: Step | None = None  # handed in here last
-        self._asked = False  # and not attended yet
+        self._waiting: tuple[Tensor, Tensor] | None = None  # handed in, not attended yet
+        self._taken: Step | None = None  # attended to last
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -70,25 +69,17 @@ class SharedLayer(CacheLayer):
     def get_seq_length(self) -> int:
         """Tokens seen: those of the step under way count once they were handed in here."""
         step, seen = self.source.step, self.source.get_seq_length()
-        return seen if step is None or step is self._taken else seen - step.fresh
+        handed = self._waiting is not None or step is self._taken
+        return seen if step is None or handed else seen - step.fresh
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take notice that this layer's queries come next; its keys and values are dropped.
+        """Take notice that this layer's queries come next; its keys and values will be dropped.
 
         They are returned as they are, the keys carrying this layer, as `HiveLayer.update` does.
-        Raises `ValueError` for tokens that the source was not given in the same step.
         """
-        step = self.source.step
-        if step is None or step.fresh != key_states.shape[2]:
-            raise ValueError(
-                f"a layer that shares the tokens of another was given {key_states.shape[2]} out of "
-                "turn: all layers take every step one after the other; make a new cache, or call "
-                "reset()"
-            )
-        self.source.check_shape(key_states)
-        self._taken, self._asked = step, True
+        self._waiting = key_states.detach(), value_states.detach()
         return offer(key_states, self), value_states
 
     def check_model(self, config: object) -> None:
@@ -99,10 +90,20 @@ class SharedLayer(CacheLayer):
     def attend(self, query: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """Attention of the step's queries, `[b, H, q, d]` -> `[b, H, q, e]`, to what the source
         holds; padding is what it was there.
+
+        Raises `ValueError` for tokens that the source was not given in the same step.
         """
-        if not self._asked:
+        if self._waiting is None:
             raise ValueError("attention came twice for the same tokens of this cache")
-        self._asked = False
+        (keys, _), self._waiting = self._waiting, None
+        step = self.source.step
+        if step is None or step.fresh != keys.shape[2]:
+            raise ValueError(
+                f"a layer that shares the tokens of another was given {keys.shape[2]} out of turn: "
+                "all layers take every step one after the other; make a new cache, or call reset()"
+            )
+        self.source.check_shape(keys)
+        self._taken = step
         out = self.source.lend(query, scale)
         for layer in self.closes:
             layer.close()
