@@ -80,6 +80,12 @@ class Recipe:
     def _check_store(self) -> None:
         """Raises `ValueError` for a store that cannot hold what this policy leaves."""
         policy, store = self.policy, self.store
+        one, other = self.allocation.calibration, store.calibration
+        if one is not None and other is not None and one != other:
+            raise ValueError(
+                f"{one} and {other} read a profile each, and a cache takes one: leave one of them "
+                "out"
+            )
         if not store.rewritable and policy.merges:
             raise ValueError(
                 f"{policy.name} folds keys into others, and {store.name} cannot replace single "
