@@ -75,17 +75,17 @@ class Recipe:
             )
 
         self._check_allocation()
-        readers = [self.allocation.calibration, self.store.calibration]
-        if None not in readers:
-            raise ValueError(
-                f"{readers[0]} and {readers[1]} read a profile each, and a cache takes one: leave "
-                "one of them out"
-            )
         self._check_store()
 
     def _check_store(self) -> None:
         """Raises `ValueError` for a store that cannot hold what this policy leaves."""
         policy, store = self.policy, self.store
+        one, other = self.allocation.calibration, store.calibration
+        if one is not None and other is not None and one != other:
+            raise ValueError(
+                f"{one} and {other} read a profile each, and a cache takes one: leave one of them "
+                "out"
+            )
         if not store.rewritable and policy.merges:
             raise ValueError(
                 f"{policy.name} folds keys into others, and {store.name} cannot replace single "

@@ -22,6 +22,7 @@ FILES = sorted(FOLDER.iterdir())
 def test_every_method_has_one() -> None:
     assert [path.name for path in FILES] == [
         "baklava-smollm2.safetensors",
+        "kvsharer-smollm2.safetensors",
         "less-smollm2.safetensors",
         "zigzag-smollm2.safetensors",
     ]

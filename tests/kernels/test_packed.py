@@ -178,8 +178,11 @@ def test_without_a_compiler_there_is_no_library(
 
 
 @compiled
-def test_a_library_of_other_sources_is_left_alone(elsewhere: Path) -> None:
+def test_a_library_of_other_sources_is_left_alone(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An editable install whose sources went on would call it with what it does not know."""
+    monkeypatch.setattr(native_build, "FLAGS", ("-O0", "-fPIC", "-shared"))
     native_build.compiled(elsewhere)
     assert native.library() is not None
     native.library.cache_clear()

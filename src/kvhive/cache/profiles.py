@@ -32,7 +32,8 @@ def profile_for(recipe: Recipe, facts: ModelFacts, given: Profile | None = None)
     profile.check(method, facts.fingerprint)
     config = facts.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    _reader(recipe).check_profile(profile, len(facts.full_layers), heads)
+    for part in _readers(recipe):
+        part.check_profile(profile, len(facts.full_layers), heads)
     return profile
 
 
@@ -48,7 +49,8 @@ def profile_by_shape(recipe: Recipe, outline: Outline) -> Profile | None:
     heads = outline.shapes[outline.full_layers[0]].kv_heads
     for profile in shipped(method) if named is None else (named,):
         try:
-            _reader(recipe).check_profile(profile, len(outline.full_layers), heads)
+            for part in _readers(recipe):
+                part.check_profile(profile, len(outline.full_layers), heads)
         except ValueError:
             if named is not None:
                 raise
@@ -57,17 +59,19 @@ def profile_by_shape(recipe: Recipe, outline: Outline) -> Profile | None:
     raise _missing(method, "a model of such layers and heads")
 
 
-def _reader(recipe: Recipe) -> Allocation | StoreKind:
-    """The part that reads a profile, if one does; no recipe has two."""
-    return recipe.store if recipe.allocation.calibration is None else recipe.allocation
+def _readers(recipe: Recipe) -> list[Allocation | StoreKind]:
+    """The parts that read a profile, all of them by one method."""
+    parts: tuple[Allocation | StoreKind, ...] = recipe.allocation, recipe.store
+    return [part for part in parts if part.calibration is not None]
 
 
 def _method(recipe: Recipe) -> str | None:
-    return _reader(recipe).calibration
+    return next((part.calibration for part in _readers(recipe)), None)
 
 
 def _named(recipe: Recipe) -> Profile | None:
-    file = _reader(recipe).profile_file
+    files = (part.profile_file for part in _readers(recipe))
+    file = next((file for file in files if file is not None), None)
     return None if file is None else Profile.load(file)
 
 

@@ -110,6 +110,8 @@ def calibrate(
         print(json.dumps(told, ensure_ascii=False, indent=2))
     else:
         _print(told)
+    if remark := parsed.remark(profile):
+        note(remark)
     if data is None:
         note("it was learnt from made-up text; texts like yours, given with --data, suit better")
 

@@ -19,22 +19,23 @@ enum { WIDEST = 512 }; /* numbers a token may have */
 enum { HEADS = 8 };    /* queries that share one unpacking */
 enum { TILE = 4 };     /* queries that share one look at a token */
 enum { BLOCK = 4096 }; /* numbers that are unpacked at a time */
+enum { WORTH = 65536 }; /* numbers that are worth one more thread */
 enum { FLOAT16, BFLOAT16, FLOAT32 };
 enum Grids { NONE, SPLAT, SPREAD }; /* a run's; a token's, of whole vectors; a token's, of others */
 
-/* Mirrored by `Job` in native.py. Strides count floats. */
+/* Written by native.py, 8 bytes each. Strides count floats. */
 typedef struct {
     int64_t lanes, threads, bits, width, group, dtype;
+    int64_t in_runs;                           /* whether grids are those of runs */
     int64_t rows, heads, slots, marks, places; /* R, G, S, M, N */
     int64_t dense_row, dense_head, scores_row, scores_head;
-    float *dense;                           /* [R, G, width]: queries, or the output of mix */
-    float *scores;                          /* [R, G, N]: logits, or weights */
-    const int64_t *at;                      /* [R] */
-    const uint8_t *codes;                   /* [S, width * bits / 8] */
-    const void *grids;                      /* [M, 2, width / group] */
-    const int64_t *starts, *lengths;        /* [R] */
-    const int32_t *ends;                    /* [M], or NULL: each token has a grid of its own */
-    const int64_t *run_starts, *run_counts; /* [R], or NULL */
+    float *dense;                              /* [R, G, width]: queries, or the output of mix */
+    float *scores;                             /* [R, G, N]: logits, or weights */
+    const uint8_t *codes;                      /* [S, width * bits / 8] */
+    const void *grids;                         /* [M, 2, width / group] */
+    const int32_t *ends;                       /* [M] */
+    const int64_t *at, *starts, *lengths;      /* [R] */
+    const int64_t *run_starts, *run_counts;    /* [R] */
 } Job;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -43,6 +44,8 @@ typedef struct {
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (NAME(Order)){__VA_ARGS__})
 #endif
+
+typedef uint64_t Words __attribute__((vector_size(16)));
 
 INLINE float as_float(uint32_t bits)
 {
@@ -76,26 +79,34 @@ INLINE void grids(const Job *job, int64_t first, int64_t count, float *to)
             to[i] = half(halves[i]);
 }
 
-/* to[i] |= (from[i] >> shift & mask) << up for `count` bytes; whatever `to` held is dropped where
- * `up` is 0. Eight bytes at a time, the last eight once more: no byte beyond is touched. */
+/* Of each byte, (byte >> shift & mask) << up: of a word of any type, at `from`; added to what is at
+ * `to` where `up` is not 0. */
+#define MOVE(Word, from, to) \
+    do { \
+        Word word, held; \
+        memcpy(&word, from, sizeof word); \
+        memcpy(&held, to, sizeof held); \
+        word = (word >> shift & ((Word){0} + mask * UINT64_C(0x0101010101010101))) << up; \
+        word = up ? word | held : word; \
+        memcpy(to, &word, sizeof word); \
+    } while (0)
+
+/* `count` bytes; where they fill no whole words, the last of them are done once more. */
 INLINE void piece(const uint8_t *from, uint8_t *to, int64_t count, int shift, int mask, int up)
 {
-    const uint64_t each = mask * UINT64_C(0x0101010101010101);
-    if (count < 8) {
-        for (int64_t i = 0; i < count; i++)
+    int64_t i = 0;
+    if (count >= 16) {
+        for (; i + 16 <= count; i += 16)
+            MOVE(Words, from + i, to + i);
+        if (i < count)
+            MOVE(Words, from + count - 16, to + count - 16);
+    } else if (count >= 8) {
+        MOVE(uint64_t, from, to);
+        if (count > 8)
+            MOVE(uint64_t, from + count - 8, to + count - 8);
+    } else
+        for (; i < count; i++)
             to[i] = (up ? to[i] : 0) | (from[i] >> shift & mask) << up;
-        return;
-    }
-    for (int64_t i = 0;; i = i + 16 <= count ? i + 8 : count - 8) {
-        uint64_t word, held = 0;
-        memcpy(&word, from + i, sizeof word);
-        if (up)
-            memcpy(&held, to + i, sizeof held);
-        held |= (word >> shift & each) << up;
-        memcpy(to + i, &held, sizeof held);
-        if (i == count - 8)
-            return;
-    }
 }
 
 /* Codes of tokens, `pitch` bytes apart. */
@@ -112,15 +123,21 @@ INLINE void unpack_bits(const uint8_t *from, int64_t tokens, int64_t width, int 
     }
 }
 
+/* Compiled for the widths that models have most. */
 INLINE void unpack(const uint8_t *from, int64_t tokens, int64_t width, int64_t bits, uint8_t *to,
                    int64_t pitch)
 {
-    switch (bits) {
-    case 2: unpack_bits(from, tokens, width, 2, to, pitch); break;
-    case 3: unpack_bits(from, tokens, width, 3, to, pitch); break;
-    case 4: unpack_bits(from, tokens, width, 4, to, pitch); break;
-    case 8: unpack_bits(from, tokens, width, 8, to, pitch); break;
-    }
+#define UNPACK(bits) \
+    case bits: \
+        if (width == 64) \
+            unpack_bits(from, tokens, 64, bits, to, pitch); \
+        else if (width == 128) \
+            unpack_bits(from, tokens, 128, bits, to, pitch); \
+        else \
+            unpack_bits(from, tokens, width, bits, to, pitch); \
+        break;
+    switch (bits) { UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(8) }
+#undef UNPACK
 }
 
 /* Sums in eight parts, which the compiler keeps in vectors. */
@@ -253,14 +270,26 @@ static int inside(const Job *job)
         if (length < 0 || start < 0 || start > job->slots - length || at < 0 ||
             at > job->places - length)
             return 0;
-        if (!job->ends)
+        if (!job->in_runs)
             continue;
         const int64_t run = job->run_starts[row], count = job->run_counts[row];
         if (count < 1 || run < 0 || run > job->marks - count || job->ends[run + count - 1] < length)
             return 0;
     }
-    return job->ends || job->marks >= job->slots;
+    return job->in_runs || job->marks >= job->slots;
 }
+
+#if defined(_OPENMP)
+/* Threads that the work is worth. */
+static int threads(const Job *job)
+{
+    int64_t worth = 0;
+    for (int64_t row = 0; row < job->rows; row++)
+        worth += job->lengths[row] * job->width;
+    worth /= WORTH;
+    return worth < 1 ? 1 : worth < job->threads ? worth : job->threads;
+}
+#endif
 
 /* Both return 0, having done nothing, where rows reach beyond their arrays; else 1. */
 int64_t kvhive_logits(const Job *job)
@@ -268,7 +297,8 @@ int64_t kvhive_logits(const Job *job)
     if (!inside(job))
         return 0;
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(job->threads) if (job->threads > 1)
+    const int team = threads(job);
+#pragma omp parallel num_threads(team) if (team > 1)
     logits_part(job, omp_get_thread_num(), omp_get_num_threads());
 #else
     logits_part(job, 0, 1);
@@ -281,10 +311,11 @@ int64_t kvhive_mix(const Job *job)
     if (!inside(job))
         return 0;
 #if defined(_OPENMP)
+    const int team = threads(job);
     const int64_t size = job->rows * job->heads * job->width;
-    float *others = job->threads > 1 ? calloc((job->threads - 1) * size, sizeof *others) : NULL;
+    float *others = team > 1 ? calloc((team - 1) * size, sizeof *others) : NULL;
     if (others) {
-#pragma omp parallel num_threads(job->threads)
+#pragma omp parallel num_threads(team)
         {
             const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
             if (part == 0)
@@ -294,7 +325,7 @@ int64_t kvhive_mix(const Job *job)
                          job->width);
         }
         const float *from = others;
-        for (int64_t part = 1; part < job->threads; part++)
+        for (int part = 1; part < team; part++)
             for (int64_t row = 0; row < job->rows; row++)
                 for (int64_t head = 0; head < job->heads; head++, from += job->width)
                     for (int64_t i = 0; i < job->width; i++)

@@ -2,9 +2,12 @@
 
 #define Floats NAME(Floats)
 #define Block NAME(Block)
+#define AT_ONCE (LANES == 16 ? 4 : 2) /* vectors of numbers that the registers hold beside sums */
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t NAME(Order) __attribute__((vector_size(4 * LANES)));
+
+enum { NAME(ROOM) = BLOCK > WIDEST * LANES ? BLOCK : WIDEST * LANES };
 
 /* Tokens at hand: a byte for each code, and grids of their own where runs have none. */
 typedef struct {
@@ -14,8 +17,8 @@ typedef struct {
     int64_t step;          /* floats from a token's scales to its zeros */
     const uint8_t *codes;  /* [tokens, pitch] */
     uint8_t of[WIDEST / LANES];   /* SPLAT: the group of each vector */
-    uint8_t room[BLOCK + WIDEST * LANES];
-    float grids[2 * (BLOCK + WIDEST * LANES)]; /* [tokens, 2, step] */
+    uint8_t room[NAME(ROOM)];
+    float grids[2 * NAME(ROOM)];   /* [tokens, 2, step] */
 } Block;
 
 INLINE Floats NAME(load)(const float *from)
@@ -61,7 +64,7 @@ static void NAME(prepare)(Block *block, const Job *job)
     block->most = BLOCK / block->pitch / LANES * LANES;
     if (block->most == 0)
         block->most = LANES;
-    block->kind = job->ends ? NONE : job->group % LANES == 0 ? SPLAT : SPREAD;
+    block->kind = job->in_runs ? NONE : job->group % LANES == 0 ? SPLAT : SPREAD;
     block->step = block->kind == SPLAT ? groups : block->pitch;
     for (int64_t vector = 0; block->kind == SPLAT && vector < block->pitch / LANES; vector++)
         block->of[vector] = vector * LANES / job->group;
@@ -88,35 +91,46 @@ static void NAME(fill)(Block *block, const Job *job, int64_t first, int64_t last
     }
 }
 
-/* LANES numbers of a token from the `at`th on: codes alone, where the grid is a run's. */
-INLINE Floats NAME(numbers)(const Block *block, enum Grids kind, int64_t token, int64_t at)
+/* LANES numbers of a token from the `at`th on, `group` being theirs where all have the same: codes
+ * alone, where the grid is a run's. */
+INLINE Floats NAME(numbers)(const Block *block, enum Grids kind, int64_t token, int64_t at,
+                            int64_t group)
 {
     const Floats codes = NAME(widened)(block->codes + token * block->pitch + at);
-    const float *grid = block->grids + token * 2 * block->step;
-    if (kind == SPLAT) {
-        grid += block->of[at / LANES];
+    const float *grid = block->grids + token * 2 * block->step + (kind == SPLAT ? group : at);
+    if (kind == SPLAT)
         return codes * NAME(splat)(grid[0]) + NAME(splat)(grid[block->step]);
-    }
     if (kind == SPREAD)
-        return codes * NAME(load)(grid + at) + NAME(load)(grid + block->step + at);
+        return codes * NAME(load)(grid) + NAME(load)(grid + block->step);
     return codes;
 }
 
-/* out[head]: products of queries [heads, pitch] with `count` tokens (at most LANES). */
+/* out[head]: products of queries [heads, pitch] with `count` tokens (at most LANES) from the
+ * `first` on. A few tokens at a time share a look at the queries. */
 INLINE void NAME(dots)(const Block *block, enum Grids kind, int64_t first, int64_t count,
                        const float *query, int heads, float out[TILE][LANES])
 {
     const int64_t pitch = block->pitch;
     Floats parts[TILE][LANES];
-    for (int64_t token = 0; token < count; token++) {
-        Floats sums[TILE] = {{0}};
+    for (int64_t token = 0; token < count; token += AT_ONCE) {
+        Floats sums[TILE][AT_ONCE], numbers[AT_ONCE];
+        int64_t own[AT_ONCE]; /* the last token stands in for those beyond it */
+        for (int i = 0; i < AT_ONCE; i++)
+            own[i] = first + (token + i < count ? token + i : count - 1);
+        for (int head = 0; head < heads; head++)
+            for (int i = 0; i < AT_ONCE; i++)
+                sums[head][i] = (Floats){0};
         for (int64_t at = 0; at < pitch; at += LANES) {
-            const Floats numbers = NAME(numbers)(block, kind, first + token, at);
+            const int64_t group = kind == SPLAT ? block->of[at / LANES] : 0;
+            for (int i = 0; i < AT_ONCE; i++)
+                numbers[i] = NAME(numbers)(block, kind, own[i], at, group);
             for (int head = 0; head < heads; head++)
-                sums[head] += numbers * NAME(load)(query + head * pitch + at);
+                for (int i = 0; i < AT_ONCE; i++)
+                    sums[head][i] += numbers[i] * NAME(load)(query + head * pitch + at);
         }
         for (int head = 0; head < heads; head++)
-            parts[head][token] = sums[head];
+            for (int i = 0; i < AT_ONCE; i++)
+                parts[head][token + i] = sums[head][i];
     }
     for (int head = 0; head < heads; head++) {
         for (int left = LANES / 2; left; left /= 2)
@@ -132,13 +146,16 @@ INLINE void NAME(add)(const Block *block, enum Grids kind, int64_t count, const 
                       int64_t apart, int heads, int64_t at, int vectors, float *sums)
 {
     const int64_t pitch = block->pitch;
-    Floats own[TILE][4], numbers[4];
+    Floats own[TILE][AT_ONCE], numbers[AT_ONCE];
+    int64_t groups[AT_ONCE];
+    for (int i = 0; i < vectors; i++)
+        groups[i] = kind == SPLAT ? block->of[at / LANES + i] : 0;
     for (int head = 0; head < heads; head++)
         for (int i = 0; i < vectors; i++)
             own[head][i] = NAME(load)(sums + head * pitch + at + i * LANES);
     for (int64_t token = 0; token < count; token++) {
         for (int i = 0; i < vectors; i++)
-            numbers[i] = NAME(numbers)(block, kind, token, at + i * LANES);
+            numbers[i] = NAME(numbers)(block, kind, token, at + i * LANES, groups[i]);
         for (int head = 0; head < heads; head++)
             for (int i = 0; i < vectors; i++)
                 own[head][i] += NAME(splat)(weights[head * apart + token]) * numbers[i];
@@ -153,8 +170,8 @@ INLINE void NAME(adds)(const Block *block, enum Grids kind, int64_t count, const
 {
     const int64_t pitch = block->pitch;
     int64_t at = 0;
-    for (; at + 4 * LANES <= pitch; at += 4 * LANES)
-        NAME(add)(block, kind, count, weights, apart, heads, at, 4, sums);
+    for (; at + AT_ONCE * LANES <= pitch; at += AT_ONCE * LANES)
+        NAME(add)(block, kind, count, weights, apart, heads, at, AT_ONCE, sums);
     for (; at < pitch; at += LANES)
         NAME(add)(block, kind, count, weights, apart, heads, at, 1, sums);
 }
@@ -174,7 +191,7 @@ INLINE int64_t NAME(next)(const Block *block, const Job *job, int64_t row, int64
                           int64_t last, int64_t *run)
 {
     int64_t end = from + block->most < last ? from + block->most : last;
-    if (!job->ends)
+    if (!job->in_runs)
         return end - from;
     const int64_t stop = job->run_starts[row] + job->run_counts[row];
     while (*run < stop && job->ends[*run] <= from)
@@ -197,10 +214,10 @@ static void NAME(logits)(const Job *job, int64_t row, int64_t top, int heads, in
     for (int head = 0; head < heads; head++)
         for (int64_t at = 0; at < pitch; at++)
             query[head * pitch + at] = at < width ? queries[head * job->dense_head + at] : 0;
-    int64_t run = job->ends ? job->run_starts[row] : 0, folded = -1;
+    int64_t run = job->in_runs ? job->run_starts[row] : 0, folded = -1;
     for (int64_t count; (count = NAME(next)(&block, job, row, first, last, &run)); first += count) {
         NAME(fill)(&block, job, job->starts[row] + first, job->starts[row] + first + count);
-        if (job->ends && run != folded) {
+        if (job->in_runs && run != folded) {
             grids(job, run * 2 * width, 2 * width, grid);
             for (int head = 0; head < heads; head++) {
                 const float *own = queries + head * job->dense_head;
@@ -236,7 +253,7 @@ static void NAME(mix)(const Job *job, int64_t row, int64_t top, int heads, int64
     const int64_t pitch = block.pitch, width = job->width;
     const float *weights = job->scores + row * job->scores_row + top * job->scores_head + job->at[row];
     float sums[HEADS * WIDEST], grid[2 * WIDEST];
-    int64_t run = job->ends ? job->run_starts[row] : 0;
+    int64_t run = job->in_runs ? job->run_starts[row] : 0;
     for (int64_t count; (count = NAME(next)(&block, job, row, first, last, &run)); first += count) {
         NAME(fill)(&block, job, job->starts[row] + first, job->starts[row] + first + count);
         memset(sums, 0, heads * pitch * sizeof *sums);
@@ -248,12 +265,12 @@ static void NAME(mix)(const Job *job, int64_t row, int64_t top, int heads, int64
             CHOOSE(block.kind, few)
 #undef CALL
         }
-        if (job->ends)
+        if (job->in_runs)
             grids(job, run * 2 * width, 2 * width, grid);
         for (int head = 0; head < heads; head++) {
             const float *own = sums + head * pitch;
             float *to = out + head * apart;
-            if (!job->ends) {
+            if (!job->in_runs) {
                 for (int64_t at = 0; at < width; at++)
                     to[at] += own[at];
                 continue;
@@ -267,5 +284,6 @@ static void NAME(mix)(const Job *job, int64_t row, int64_t top, int heads, int64
 
 #undef Floats
 #undef Block
+#undef AT_ONCE
 #undef CASES
 #undef CHOOSE

@@ -75,6 +75,11 @@ class Exact:
             missing = torch.cat([self.missing[:, : self.sinks], behind], 1)
             self.missing = missing if bool(missing.any()) else None
 
+    def tighten(self) -> None:
+        """Give back all room that is not used."""
+        if self.room > self.used:
+            self._tokens = self.tokens.clone()
+
     def drop_newest(self, count: int) -> None:
         """Forget the newest columns; there must be as many in the tail."""
         self.used -= count

@@ -14,7 +14,7 @@ from kvhive.kernels.chunked import columns_of
 from kvhive.plan import Plan
 from kvhive.stores._exact import Exact, aligned
 from kvhive.stores._merging import fold
-from kvhive.stores._rows import Form
+from kvhive.stores._part import Form
 from kvhive.stores._side import Side
 from kvhive.stores.base import LayerFacts, Store, StoreKind
 
@@ -53,7 +53,7 @@ class PackedKind(StoreKind):
         """See the base."""
         self.packing(width, width)
 
-    def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> PackedStore:
+    def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store."""
         return PackedStore(self)
 
@@ -102,13 +102,16 @@ class PackedStore(Store):
         self.batch, self.heads, fresh, _ = keys.shape
         if not self.length:
             self._dtype = keys.dtype
-            self.packing = packing = self._kind.packing(keys.shape[3], values.shape[3])
+            self.packing = packing = self._packing(keys.shape[3], values.shape[3])
             self._keys = Side(Exact(_plain(keys)), packing.keys)
             self._values = Side(Exact(_plain(values)), packing.values)
         else:
             for side, new in ((self._keys, keys), (self._values, values)):
                 side.exact.append(new.flatten(0, 1), AHEAD)
         self.length += fresh
+
+    def _packing(self, key_width: int, value_width: int) -> Packing:
+        return self._kind.packing(key_width, value_width)
 
     def attend(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
         """All at once while nothing is packed; else see the class."""

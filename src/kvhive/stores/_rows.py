@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,14 +10,89 @@ from torch import Tensor
 
 from kvhive.kernels import bits as grids_of
 from kvhive.kernels.hadamard import hadamard
-from kvhive.kernels.packed import PackedRows, Runs
-from kvhive.memory import zeros
+from kvhive.kernels.packed import PackedRows, Runs, logits, mix
+from kvhive.stores._flat import fits, marked_of, moved, slots_of, spare, starts_of
+from kvhive.stores._part import Form, Part
 
-SPARE = 32  # slots a row gets ahead, at least; a 64th of what rows hold where that is more
+
+class Coding(Form):
+    """A form in few bits."""
+
+    @abstractmethod
+    def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
+        """Tokens `[N, width]` of all rows one after another; lengths: int64 `[R]` on the CPU."""
+
+    def turned(self, numbers: Tensor) -> Tensor:
+        """Float32 `[..., width]` as tokens are before they are rounded."""
+        return numbers
+
+    def turned_back(self, numbers: Tensor) -> Tensor:
+        """The reverse of `turned`."""
+        return numbers
+
+    def part(self, tokens: Tensor, lengths: Tensor) -> Coded:
+        """See the base."""
+        return Coded(self, self.packed(tokens, lengths))
+
+
+@dataclass(eq=False)
+class Coded(Part):
+    """Tokens in few bits."""
+
+    form: Coding
+    rows: PackedRows
+
+    @property
+    def lengths(self) -> Tensor:
+        """See the base."""
+        return self.rows.lengths
+
+    def row(self, row: int, first: int, last: int) -> Tensor:
+        """See the base."""
+        return self.form.turned_back(self.rows.row(row, first, last))
+
+    def logits(self, query: Tensor, out: Tensor, at: Tensor) -> None:
+        """See the base."""
+        logits(self.form.turned(query), self.rows, out, at)
+
+    def mix(self, weights: Tensor, out: Tensor, at: Tensor) -> None:
+        """See the base."""
+        mixed = torch.zeros_like(out)
+        mix(weights, self.rows, mixed, at)
+        out += self.form.turned_back(mixed)
+
+    def joined(self, tokens: Tensor, lengths: Tensor) -> Coded:
+        """See the base."""
+        return Coded(self.form, joined(self.rows, self.form.packed(tokens, lengths)))
+
+    def replaced(self, which: Tensor, tokens: Tensor) -> None:
+        """See the base; for tokens with grids of their own alone."""
+        count = torch.tensor([len(tokens)])
+        new = self.form.packed(tokens.to(self.rows.grids.dtype), count)
+        slots = held_at(self.rows)[which]
+        self.rows.codes.index_copy_(0, slots, new.codes)
+        self.rows.grids.index_copy_(0, slots, new.grids)
+
+    def kept(self, keep: Tensor) -> Coded:
+        """See the base."""
+        return Coded(self.form, kept(self.rows, keep))
+
+    def shortened(self, lengths: Tensor) -> Coded:
+        """See the base."""
+        return Coded(self.form, shortened(self.rows, lengths))
+
+    def selected(self, which: Tensor) -> Coded:
+        """See the base."""
+        return Coded(self.form, selected(self.rows, which))
+
+    @property
+    def nbytes(self) -> int:
+        """See the base."""
+        return nbytes(self.rows)
 
 
 @dataclass(frozen=True)
-class PerToken:
+class PerToken(Coding):
     """Each token by itself, its numbers in groups of `group` that follow each other.
 
     bits: of a number. group: divides the width. spread: whether tokens are multiplied by the
@@ -28,15 +104,15 @@ class PerToken:
     spread: bool = False
 
     def turned(self, numbers: Tensor) -> Tensor:
-        """Float32 `[..., width]` as tokens are before they are rounded."""
+        """See the base."""
         return numbers @ hadamard(numbers.shape[-1]).to(numbers) if self.spread else numbers
 
     def turned_back(self, numbers: Tensor) -> Tensor:
-        """The reverse of `turned`; the matrix is its own inverse."""
+        """See the base; the matrix is its own inverse."""
         return self.turned(numbers)
 
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
-        """Tokens `[N, width]` of all rows one after another; lengths: int64 `[R]` on the CPU."""
+        """See the base."""
         groups = self.turned(tokens.float()).unflatten(-1, (-1, self.group))
         least, largest = groups.aminmax(dim=-1)
         grids = grids_of.grid(least, largest, self.bits, tokens.dtype)
@@ -48,13 +124,13 @@ class PerToken:
             group=self.group,
             codes=grids_of.packed(codes, self.bits),
             grids=grids,
-            starts=lengths.cumsum(0) - lengths,
+            starts=starts_of(lengths),
             lengths=lengths,
         )
 
 
 @dataclass(frozen=True)
-class PerChannel:
+class PerChannel(Coding):
     """Runs of `run` tokens that follow each other, each channel by itself (KIVI's form for keys).
 
     What is left over at the end of a row is a shorter run.
@@ -63,20 +139,12 @@ class PerChannel:
     bits: int
     run: int
 
-    def turned(self, numbers: Tensor) -> Tensor:
-        """As they are."""
-        return numbers
-
-    turned_back = turned
-
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
-        """As `PerToken.packed`."""
+        """See the base."""
         counts = -(-lengths // self.run)
-        place = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(
-            counts
-        )
+        place = torch.arange(int(counts.sum())) - (starts_of(counts)).repeat_interleave(counts)
         ends = torch.minimum((place + 1) * self.run, lengths.repeat_interleave(counts))
-        runs = Runs(ends.int().to(tokens.device), counts.cumsum(0) - counts, counts)
+        runs = Runs(ends.int().to(tokens.device), starts_of(counts), counts)
         sizes = ends - place * self.run
         codes, grids = self.coded(tokens, sizes)
         return PackedRows(
@@ -85,7 +153,7 @@ class PerChannel:
             group=1,
             codes=codes,
             grids=grids,
-            starts=lengths.cumsum(0) - lengths,
+            starts=starts_of(lengths),
             lengths=lengths,
             runs=runs,
         )
@@ -102,9 +170,6 @@ class PerChannel:
         return grids_of.packed(codes, self.bits), grids
 
 
-Form = PerToken | PerChannel
-
-
 def tokens_of(rows: PackedRows) -> Tensor:
     """float32 `[N, width]`: the tokens of all rows, one row after another."""
     each = [rows.row(row, 0, length) for row, length in enumerate(rows.lengths.tolist())]
@@ -113,7 +178,7 @@ def tokens_of(rows: PackedRows) -> Tensor:
 
 def held_at(rows: PackedRows) -> Tensor:
     """int64 `[N]`: the slot of every token, one row after another."""
-    return _spread(rows.starts, rows.lengths).to(rows.codes.device)
+    return slots_of(rows.starts, rows.lengths).to(rows.codes.device)
 
 
 def joined(rows: PackedRows, more: PackedRows) -> PackedRows:
@@ -121,18 +186,18 @@ def joined(rows: PackedRows, more: PackedRows) -> PackedRows:
     row.
     """
     lengths = rows.lengths + more.lengths
-    ends = torch.cat([rows.starts[1:], torch.tensor([len(rows.codes)])])
-    if bool((rows.starts + lengths > ends).any()):
-        rows = laid_out(rows, held_at(rows), rows.lengths, lengths + _spare(rows.lengths))
-    place = _spread(rows.starts + rows.lengths, more.lengths).to(rows.codes.device)
+    if not fits(rows.starts, lengths, len(rows.codes)):
+        rows = laid_out(rows, held_at(rows), rows.lengths, lengths + spare(rows.lengths))
+    place = slots_of(rows.starts + rows.lengths, more.lengths).to(rows.codes.device)
     rows.codes.index_copy_(0, place, more.codes)
     if rows.runs is None or more.runs is None:
         rows.grids.index_copy_(0, place, more.grids)
         return replace(rows, lengths=lengths)
     counts = rows.runs.counts + more.runs.counts
     order = _alternating(rows.runs, more.runs).to(place.device)
-    moved = more.runs.ends + rows.lengths.int().repeat_interleave(more.runs.counts).to(place.device)
-    runs = Runs(torch.cat([rows.runs.ends, moved])[order], counts.cumsum(0) - counts, counts)
+    before = rows.lengths.int().repeat_interleave(more.runs.counts).to(place.device)
+    ends = torch.cat([rows.runs.ends, more.runs.ends + before])[order]
+    runs = Runs(ends, starts_of(counts), counts)
     return replace(
         rows, lengths=lengths, grids=torch.cat([rows.grids, more.grids])[order], runs=runs
     )
@@ -142,29 +207,23 @@ def laid_out(rows: PackedRows, slots: Tensor, lengths: Tensor, sizes: Tensor) ->
     """The tokens at int64 `slots` `[N]`, `lengths` of a row before the next row's, in room for
     `sizes` (both int64 `[R]` on the CPU); runs stay as they are and are for the caller to mend.
     """
-    starts = sizes.cumsum(0) - sizes
-    place = _spread(starts, lengths).to(slots.device)
-    size = int(sizes.sum())
-    codes = zeros((size, rows.codes.shape[1]), rows.codes.dtype, rows.codes.device)
-    codes.index_copy_(0, place, rows.codes.index_select(0, slots))
-    grids = rows.grids
-    if rows.runs is None:
-        grids = zeros((size, *rows.grids.shape[1:]), grids.dtype, grids.device)
-        grids.index_copy_(0, place, rows.grids.index_select(0, slots))
+    starts, size = starts_of(sizes), int(sizes.sum())
+    place = slots_of(starts, lengths)
+    codes = moved(rows.codes, slots, place, size)
+    grids = rows.grids if rows.runs is not None else moved(rows.grids, slots, place, size)
     return replace(rows, codes=codes, grids=grids, starts=starts, lengths=lengths)
 
 
-def kept(rows: PackedRows, keep: Tensor, form: Form) -> PackedRows:
+def kept(rows: PackedRows, keep: Tensor) -> PackedRows:
     """The tokens marked in bool `[N]` (as `tokens_of` orders them).
 
     Codes stay what they are, and a run of which tokens went keeps its grid: nothing is rounded
     twice. So runs that have dwindled take more bytes a token.
     """
-    lengths = _per_row(keep, rows.lengths)
+    lengths = marked_of(keep, rows.lengths)
     left = laid_out(rows, held_at(rows)[keep], lengths, lengths)
     if rows.runs is None:
         return left
-    assert isinstance(form, PerChannel)
     sizes = _sizes(rows)
     of_run = torch.arange(len(sizes)).repeat_interleave(sizes)
     sizes = of_run[keep.cpu()].bincount(minlength=len(sizes))
@@ -189,26 +248,14 @@ def shortened(rows: PackedRows, lengths: Tensor) -> PackedRows:
 def selected(rows: PackedRows, which: Tensor) -> PackedRows:
     """Row i becomes what row `which[i]` was (int64 on the CPU)."""
     lengths = rows.lengths[which]
-    slots = _spread(rows.starts[which], lengths).to(rows.codes.device)
+    slots = slots_of(rows.starts[which], lengths).to(rows.codes.device)
     left = laid_out(rows, slots, lengths, lengths)
     if rows.runs is None:
         return left
     counts = rows.runs.counts[which]
-    chosen = _spread(rows.runs.starts[which], counts).to(rows.codes.device)
-    runs = Runs(rows.runs.ends[chosen], counts.cumsum(0) - counts, counts)
+    chosen = slots_of(rows.runs.starts[which], counts).to(rows.codes.device)
+    runs = Runs(rows.runs.ends[chosen], starts_of(counts), counts)
     return replace(left, grids=rows.grids[chosen], runs=runs)
-
-
-def replaced(rows: PackedRows, which: Tensor, tokens: Tensor, form: Form) -> None:
-    """Code the tokens at int64 `which` (as `tokens_of` orders them) anew, from float `[n, width]`.
-
-    For tokens with grids of their own alone.
-    """
-    count = torch.tensor([len(tokens)])
-    new = form.packed(tokens.to(rows.grids.dtype), count)
-    slots = held_at(rows)[which]
-    rows.codes.index_copy_(0, slots, new.codes)
-    rows.grids.index_copy_(0, slots, new.grids)
 
 
 def nbytes(rows: PackedRows) -> int:
@@ -217,12 +264,6 @@ def nbytes(rows: PackedRows) -> int:
     if rows.runs is not None:
         held += [rows.runs.ends, rows.runs.starts, rows.runs.counts]
     return sum(tensor.untyped_storage().nbytes() for tensor in held)
-
-
-def _spare(lengths: Tensor) -> int:
-    """Slots that rows get ahead when they grow, having held so many; none for the first tokens."""
-    mean = int(lengths.sum()) // max(1, len(lengths))
-    return max(SPARE, mean // 64) if mean else 0
 
 
 def _sizes(rows: PackedRows) -> Tensor:
@@ -239,7 +280,7 @@ def _with_runs(rows: PackedRows, sizes: Tensor, row: Tensor) -> PackedRows:
     counts = row.bincount(minlength=len(rows.lengths))
     total = sizes.cumsum(0)
     ends = total - (rows.lengths.cumsum(0) - rows.lengths)[row]
-    runs = Runs(ends.int().to(rows.codes.device), counts.cumsum(0) - counts, counts)
+    runs = Runs(ends.int().to(rows.codes.device), starts_of(counts), counts)
     return replace(rows, runs=runs)
 
 
@@ -248,16 +289,3 @@ def _alternating(one: Runs, other: Runs) -> Tensor:
     row = torch.arange(len(one.counts))
     key = torch.cat([row.repeat_interleave(one.counts), row.repeat_interleave(other.counts)])
     return key.sort(stable=True).indices
-
-
-def _per_row(marked: Tensor, lengths: Tensor) -> Tensor:
-    """int64 `[R]` on the CPU: how many of each row's tokens are marked in bool `[N]`."""
-    row = torch.arange(len(lengths)).repeat_interleave(lengths)
-    return row[marked.cpu()].bincount(minlength=len(lengths))
-
-
-def _spread(starts: Tensor, lengths: Tensor) -> Tensor:
-    """int64 `[sum of lengths]`: starts[0], starts[0] + 1, ..., then those of the next row."""
-    ends = lengths.cumsum(0)
-    first = (starts - ends + lengths).repeat_interleave(lengths)
-    return first + torch.arange(len(first))

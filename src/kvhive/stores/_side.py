@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvhive.kernels.packed import PackedRows, logits, mix
-from kvhive.stores import _rows
 from kvhive.stores._exact import Exact
-from kvhive.stores._rows import Form
+from kvhive.stores._part import Form, Part
 
 NEVER = float("-inf")
 
@@ -29,7 +27,7 @@ class Side:
     def __init__(self, exact: Exact, forms: Sequence[Form]) -> None:
         self.exact = exact
         self.forms = tuple(forms)
-        self.parts: list[PackedRows] = []
+        self.parts: list[Part] = []
         self._lay_out()
 
     @property
@@ -74,18 +72,18 @@ class Side:
         for column, start, stop in ends:
             begin, end = max(first, column), min(last, column + stop - start)
             if begin < end:
-                part = slice(start + begin - column, start + end - column)
-                held = tokens[:, part].float()
+                cut = slice(start + begin - column, start + end - column)
+                held = tokens[:, cut].float()
                 if exact.missing is not None:
-                    held = held.masked_fill(exact.missing[:, part, None], 0)
+                    held = held.masked_fill(exact.missing[:, cut, None], 0)
                 out[:, begin - first : end - first] = held
-        for form, packed, place in zip(self.forms, self.parts, self.places(), strict=False):
-            rows = zip(place.tolist(), packed.lengths.tolist(), strict=True)
+        for part, place in zip(self.parts, self.places(), strict=True):
+            rows = zip(place.tolist(), part.lengths.tolist(), strict=True)
             for row, (at, length) in enumerate(rows):
                 begin, end = max(first, at), min(last, at + length)
                 if begin < end:
-                    numbers = packed.row(row, begin - at, end - at)
-                    out[row, begin - first : end - first] = form.turned_back(numbers)
+                    numbers = part.row(row, begin - at, end - at)
+                    out[row, begin - first : end - first] = numbers
         return out
 
     def products(self, query: Tensor, out: Tensor) -> None:
@@ -99,8 +97,8 @@ class Side:
             product.masked_fill_(exact.missing[:, None], NEVER)
         out[..., : exact.sinks] = product[..., : exact.sinks]
         out[..., self._before_tail :] = product[..., exact.sinks :]
-        for form, part, place in zip(self.forms, self.parts, self.places(), strict=False):
-            logits(form.turned(query), part, out, place)
+        for part, place in zip(self.parts, self.places(), strict=True):
+            part.logits(query, out, place)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """All tokens, weighed by float32 `[R, G, width]`: float32 `[R, G, d]`."""
@@ -110,10 +108,8 @@ class Side:
         if exact.missing is not None:  # columns that a part reaches into
             joined = joined.masked_fill(exact.missing[:, None], 0)
         out = joined @ exact.tokens.float()
-        for form, part, place in zip(self.forms, self.parts, self.places(), strict=False):
-            mixed = torch.zeros_like(out)
-            mix(weights, part, mixed, place)
-            out += form.turned_back(mixed)
+        for part, place in zip(self.parts, self.places(), strict=True):
+            part.mix(weights, out, place)
         return out
 
     def pack(self, count: int) -> Tensor:
@@ -134,11 +130,10 @@ class Side:
 
     def put(self, part: int, tokens: Tensor, lengths: Tensor) -> None:
         """Pack tokens `[N, d]`, so many of each row, behind those of a part."""
-        packed = self.forms[part].packed(tokens, lengths)
         while len(self.parts) <= part:
             nothing = torch.zeros_like(lengths)
-            self.parts.append(self.forms[len(self.parts)].packed(tokens[:0], nothing))
-        self.parts[part] = _rows.joined(self.parts[part], packed)
+            self.parts.append(self.forms[len(self.parts)].part(tokens[:0], nothing))
+        self.parts[part] = self.parts[part].joined(tokens, lengths)
         self._lay_out()
 
     def put_in(self, marked: Tensor, tokens: Tensor) -> None:
@@ -147,22 +142,21 @@ class Side:
         Where they are packed, they are packed anew, each with a grid of its own.
         """
         exact = self.exact
-        for part, place in enumerate(self.places()):
-            held, column = self._of_part(part, place)
+        for part, place in zip(self.parts, self.places(), strict=True):
+            held, column = self._columns_of(part, place)
             own = marked.gather(1, column)[held]
             new = tokens.gather(1, column[..., None].expand(-1, -1, tokens.shape[2]))[held][own]
-            _rows.replaced(self.parts[part], own.nonzero()[:, 0], new, self.forms[part])
+            part.replaced(own.nonzero()[:, 0], new)
         ends = [slice(0, exact.sinks), slice(marked.shape[1] - exact.tail, None)]
         mine = torch.cat([marked[:, end] for end in ends], 1)
         new = torch.cat([tokens[:, end] for end in ends], 1)
         mine = mine if exact.missing is None else mine & ~exact.missing
         exact.set(mine, new[mine])
 
-    def _of_part(self, part: int, place: Tensor) -> tuple[Tensor, Tensor]:
+    def _columns_of(self, part: Part, place: Tensor) -> tuple[Tensor, Tensor]:
         """bool and int64 `[R, longest]`: the columns of a part's tokens, where there are any."""
-        rows, device = self.parts[part], self.exact.tokens.device
-        number = torch.arange(rows.longest)
-        held, column = number < rows.lengths[:, None], number + place[:, None]
+        device, number = self.exact.tokens.device, torch.arange(part.longest)
+        held, column = number < part.lengths[:, None], number + place[:, None]
         return held.to(device), column.clamp_max(max(self.width - 1, 0)).to(device)
 
     def truncate(self, count: int) -> None:
@@ -170,17 +164,17 @@ class Side:
         beyond = max(0, count - self.exact.tail)
         self.exact.drop_newest(count - beyond)
         if beyond:
-            left = self.parts[0].lengths - beyond
-            self.parts[0] = _rows.shortened(self.parts[0], left)
+            self.parts[0] = self.parts[0].shortened(self.parts[0].lengths - beyond)
         self._lay_out()
 
     def keep(self, marked: Tensor) -> None:
         """Keep the tokens in the columns marked, bool `[R, width]`, False where there is none."""
         exact = self.exact
-        places = [self._of_part(part, place) for part, place in enumerate(self.places())]
+        places = zip(self.parts, self.places(), strict=True)
+        columns = [self._columns_of(part, place) for part, place in places]
         self.parts = [
-            _rows.kept(part, marked.gather(1, column)[held], form)
-            for form, part, (held, column) in zip(self.forms, self.parts, places, strict=False)
+            part.kept(marked.gather(1, column)[held])
+            for part, (held, column) in zip(self.parts, columns, strict=True)
         ]
         ends = marked[:, : exact.sinks], marked[:, marked.shape[1] - exact.tail :]
         joined = torch.cat(ends, 1)
@@ -190,11 +184,11 @@ class Side:
     def select(self, which: Tensor) -> None:
         """Row i becomes what row `which[i]` was."""
         self.exact.select(which)
-        self.parts = [_rows.selected(part, which.cpu()) for part in self.parts]
+        self.parts = [part.selected(which.cpu()) for part in self.parts]
         self._lay_out()
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held."""
         places = sum(place.untyped_storage().nbytes() for place in self._places)
-        return self.exact.nbytes + places + sum(_rows.nbytes(part) for part in self.parts)
+        return self.exact.nbytes + places + sum(part.nbytes for part in self.parts)

@@ -110,8 +110,8 @@ class Store(ABC):
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """A layer's place among the compressed layers, how many there are, and the model's profile,
-    where the store asks for one.
+    """A layer's place among the compressed layers that hold tokens, how many there are, and the
+    model's profile, where the store asks for one.
     """
 
     place: int = 0
@@ -142,6 +142,12 @@ class StoreKind(Spec):
         """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:
         compressed layers, and KV heads in each of them.
         """
+
+    def sources(self, layers: int, profile: Profile | None) -> Sequence[int]:
+        """For each of so many compressed layers, the place of the one whose tokens it attends to:
+        its own, or that of an earlier one which holds its own. Others get no store.
+        """
+        return range(layers)
 
     @property
     def best(self) -> float | None:

@@ -181,6 +181,7 @@ class Less(StoreKind):
     Source: arXiv:2402.09398.
     """
 
+    source: ClassVar[str] = "arXiv:2402.09398"
     calibration: ClassVar[str | None] = METHOD
     rewritable: ClassVar[bool] = False
     example: ClassVar[str] = "h2o@0.1"
