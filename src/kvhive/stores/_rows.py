@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvhive.kernels import bits as grids_of
-from kvhive.kernels.packed import PackedRows, Runs
+from kvhive.kernels.packed import PackedRows, Runs, coded
 from kvhive.memory import zeros
 
 SPARE = 32  # slots a row gets ahead, at least; a 64th of what rows hold where that is more
@@ -36,16 +35,13 @@ class PerToken:
 
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
         """Tokens `[N, width]` of all rows one after another; lengths: int64 `[R]` on the CPU."""
-        groups = self.turned(tokens.float()).unflatten(-1, (-1, self.group))
-        least, largest = groups.aminmax(dim=-1)
-        grids = grids_of.grid(least, largest, self.bits, tokens.dtype)
-        scale, zero = grids[:, 0, :, None], grids[:, 1, :, None]
-        codes = grids_of.rounded(groups, scale, zero, self.bits).flatten(-2)
+        turned = self.turned(tokens.float())
+        codes, grids = coded(turned, self.bits, self.group, tokens.dtype)
         return PackedRows(
             bits=self.bits,
             width=tokens.shape[1],
             group=self.group,
-            codes=grids_of.packed(codes, self.bits),
+            codes=codes,
             grids=grids,
             starts=lengths.cumsum(0) - lengths,
             lengths=lengths,
@@ -77,7 +73,7 @@ class PerChannel:
         ends = torch.minimum((place + 1) * self.run, lengths.repeat_interleave(counts))
         runs = Runs(ends.int().to(tokens.device), counts.cumsum(0) - counts, counts)
         sizes = ends - place * self.run
-        codes, grids = self.coded(tokens, sizes)
+        codes, grids = coded(tokens, self.bits, 1, tokens.dtype, sizes.cumsum(0))
         return PackedRows(
             bits=self.bits,
             width=tokens.shape[1],
@@ -88,17 +84,6 @@ class PerChannel:
             lengths=lengths,
             runs=runs,
         )
-
-    def coded(self, tokens: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and grids of tokens `[N, width]` in runs of so many (int64 `[M]` on the CPU)."""
-        first = sizes.cumsum(0) - sizes
-        inside = torch.minimum(torch.arange(self.run), sizes[:, None] - 1)
-        whole = tokens[(first[:, None] + inside).to(tokens.device)]  # the last of a run again
-        least, largest = whole.aminmax(dim=1)
-        grids = grids_of.grid(least, largest, self.bits, tokens.dtype)
-        each = grids.repeat_interleave(sizes.to(tokens.device), 0)
-        codes = grids_of.rounded(tokens, each[:, 0], each[:, 1], self.bits)
-        return grids_of.packed(codes, self.bits), grids
 
 
 Form = PerToken | PerChannel
