@@ -28,6 +28,8 @@ UNCHECKED = (
     "comparison",
     "html",
     "inference",
+    "kernels.triton_packed_programs",
+    "kernels.triton_pieces",
     "kernels.triton_programs",
     "model.chat",
     "model.loading",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvhive.kernels import Needs, ragged_reference, triton_ragged
-from kvhive.kernels.triton_ragged import SPLIT
+from kvhive.kernels.triton_tiles import SPLIT, TALLEST
 from tests.kernels.ragged_cases import Case, case, lengths, needs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +107,7 @@ def test_lengths_at_the_edges_of_splits_and_very_unequal(group: int) -> None:
 @pytest.mark.parametrize("fold", [True, False])
 def test_groups_of_more_than_one_tile(fold: bool) -> None:
     asked = Needs(columns="sum", fold=fold, last_rows=1)
-    agrees(case([[70, 3]], triton_ragged.TALLEST + 3, needs=asked, device=DEVICE))
+    agrees(case([[70, 3]], TALLEST + 3, needs=asked, device=DEVICE))
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
@@ -116,6 +116,12 @@ def test_newest_queries_see_each_other_causally(q: int, group: int) -> None:
     """Also where a row holds nothing older, and where a split begins among them."""
     asked = Needs(columns="sum", decay=0.8, last_rows=2)
     agrees(case([[q, SPLIT + 1, 65]], group, q=q, needs=asked, device=DEVICE))
+
+
+def test_queries_that_only_fill_a_tile_have_no_weight() -> None:
+    """Five queries in a tile of eight: with no decay left, theirs would be infinite."""
+    asked = Needs(columns="sum", decay=0.0)
+    agrees(case([[9, 5]], q=5, needs=asked, device=DEVICE))
 
 
 def test_all_rows_may_be_empty() -> None:
@@ -162,7 +168,7 @@ def test_programs_compile_for_gpus_and_fit_them(tmp_path: Path) -> None:
     """In a process of its own, in which Triton does not interpret."""
     script = Path(__file__).with_name("compile_triton.py")
     setting = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(script), "80"]
+    command = [sys.executable, str(script), "ragged", "80"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=setting)
     assert run.returncode == 0, run.stderr
     for name, shared in json.loads(run.stdout).items():

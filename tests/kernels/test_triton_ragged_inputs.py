@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvhive import kernels
-from kvhive.kernels import Needs, triton_ragged
+from kvhive.kernels import Needs, triton_ragged, triton_tiles
 from kvhive.kernels.ragged import Extents
 from tests.kernels.ragged_cases import case
 
@@ -32,10 +32,10 @@ def test_without_triton_one_sentence_says_so() -> None:
 
 def test_available_says_whether_triton_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for found in (None, "there"):
-        monkeypatch.setattr(triton_ragged.importlib.util, "find_spec", lambda name, is_=found: is_)
-        triton_ragged.available.cache_clear()
-        assert triton_ragged.available() == (found is not None)
-    triton_ragged.available.cache_clear()
+        monkeypatch.setattr(triton_tiles.importlib.util, "find_spec", lambda name, is_=found: is_)
+        triton_tiles.available.cache_clear()
+        assert triton_tiles.available() == (found is not None)
+    triton_tiles.available.cache_clear()
 
 
 def test_a_report_of_nothing_takes_nothing() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvhive.kernels import Ask, Needs, Observed, dispatch, reference, triton_ragged
+from kvhive.kernels import Ask, Needs, Observed, dispatch, reference, triton_tiles
 from kvhive.memory import SMALLEST
 from kvhive.plan import Plan
 from kvhive.step import Step
@@ -98,7 +98,7 @@ def test_attention_is_that_of_the_padded_heads(
     same(store.report(query, unknown), reported, valid)
 
 
-@pytest.mark.skipif(not triton_ragged.available(), reason="Triton is not installed")
+@pytest.mark.skipif(not triton_tiles.available(), reason="Triton is not installed")
 @pytest.mark.parametrize("needs", EVERYTHING)
 @pytest.mark.parametrize("q", [1, 3])
 def test_one_launch_serves_all_rows(needs: Needs, q: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from kvhive.kernels import chunked, fused, triton_ragged
+from kvhive.kernels import chunked, fused, triton_packed, triton_ragged, triton_tiles
 from kvhive.kernels.contracts import Ask, Observed, Rows
+from kvhive.kernels.packed_segments import Segment
 from kvhive.kernels.ragged import Extents, Seen
 
 LAUNCHED = ("cuda",)  # devices on which ragged rows are served in one launch
@@ -51,11 +54,7 @@ def serves_ragged(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool
 
     query `[b, H, q, d]`, keys `[S, d]`, values `[S, e]`.
     """
-    plain = ask.step.real is None and ask.valid is None and query.shape[2] <= triton_ragged.MOST
-    alike = query.dtype == keys.dtype == values.dtype and keys.dtype in triton_ragged.DTYPES
-    narrow = max(keys.shape[1], values.shape[1]) <= triton_ragged.WIDEST
-    there = keys.device.type in LAUNCHED and triton_ragged.available()
-    return plain and alike and narrow and there
+    return _launches(query, keys, values, ask) and triton_tiles.available()
 
 
 def attend_ragged(
@@ -69,6 +68,40 @@ def attend_ragged(
     if not ask.needs.attention:
         return out, Seen()
     return out, triton_ragged.report(query, keys, extents, lse, ask.scale, ask.needs)
+
+
+def serves_packed(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool:
+    """Whether `attend_packed` and `report_packed` take this step: few queries, none padded, on a
+    GPU with a Triton that is new enough.
+
+    query `[b, H, q, d]`; keys `[..., d]` and values `[..., e]`: those that are held exactly.
+    """
+    return _launches(query, keys, values, ask) and triton_packed.available()
+
+
+def attend_packed(
+    query: Tensor, segments: Sequence[Segment], ask: Ask, length: int
+) -> tuple[Tensor, Observed]:
+    """All segments of all rows in one launch: the output `[b, H, q, e]` and what `ask.needs` wants
+    but the keys, which are left to the store, of n = `length` slots.
+
+    Experimental: never run on a GPU yet.
+    """
+    out, lse = triton_packed.attend(query, segments, ask.scale)
+    return out, triton_packed.report(query, segments, lse, ask.scale, ask.needs, length)
+
+
+def report_packed(query: Tensor, segments: Sequence[Segment], ask: Ask, length: int) -> Observed:
+    """What `attend_packed` reports."""
+    return attend_packed(query, segments, ask, length)[1]
+
+
+def _launches(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool:
+    """Whether the step suits kernels that are launched once for all rows."""
+    plain = ask.step.real is None and ask.valid is None and query.shape[2] <= triton_tiles.MOST
+    alike = query.dtype == keys.dtype == values.dtype and keys.dtype in triton_tiles.DTYPES
+    narrow = max(keys.shape[-1], values.shape[-1]) <= triton_tiles.WIDEST
+    return plain and alike and narrow and keys.device.type in LAUNCHED
 
 
 def _observed(

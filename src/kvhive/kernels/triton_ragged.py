@@ -11,10 +11,7 @@ once for all of them.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -22,21 +19,9 @@ from torch import Tensor
 
 from kvhive.kernels.contracts import Needs
 from kvhive.kernels.ragged import Extents, Seen
+from kvhive.kernels.triton_tiles import DTYPES, SPLIT, WIDEST, Tile, block, wide
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
-WIDEST = 256  # head size
-MOST = 16  # queries a row
-SPLIT = 256  # slots of one program
-LEAST = 16  # what a matrix product takes at least, in every direction
-TALLEST = 32  # queries of one tile
-LONGEST, LARGEST = 64, 1 << 14  # slots of one tile, and its bytes: for 99 KB of shared memory
-
-
-@cache
-def available() -> bool:
-    """Whether Triton is there."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def attend(
@@ -49,10 +34,10 @@ def attend(
     values' dtype before they meet them. Raises ImportError without Triton, ValueError for tensors
     of other kinds.
     """
-    tile = _Tile.of(query, keys, extents)
+    tile = _tile(query, keys, extents)
     _check_values(values, keys)
     programs, width = _programs(), values.shape[1]
-    sizes = {"E": width, "WIDE_E": _wide(width), "SPLIT": SPLIT}
+    sizes = {"E": width, "WIDE_E": wide(width), "SPLIT": SPLIT}
     places, splits = _places(extents), -(-extents.longest // SPLIT)
     parts = query.new_empty(tile.rows, splits, tile.group * tile.q, width, dtype=torch.float32)
     part_lse = parts.new_empty(parts.shape[:3])
@@ -68,9 +53,10 @@ def attend(
             part_lse,
             scale,
             splits,
-            **tile.sizes(programs),
+            **tile.sizes,
+            FACTORS=programs.factors(keys.dtype),
             **sizes,
-            BLOCK=_block(max(tile.width, width), keys.dtype),
+            BLOCK=block(max(tile.width, width), keys.dtype),
         )
     programs.merge[(tile.rows, tile.group * tile.q)](
         parts,
@@ -88,15 +74,15 @@ def report(
     query: Tensor, keys: Tensor, extents: Extents, lse: Tensor, scale: float, needs: Needs
 ) -> Seen:
     """As `ragged_reference.report`: one more pass over the keys, `lse` being that of `attend`."""
-    tile = _Tile.of(query, keys, extents)
+    tile = _tile(query, keys, extents)
     if not needs.attention:
         return Seen()
     programs, last = _programs(), min(needs.last_rows, tile.q)
     shape = (len(keys),) if needs.fold else (tile.group, len(keys))
     columns = keys.new_zeros(shape, dtype=torch.float32) if needs.columns else None
     rows = keys.new_zeros(tile.group, last, len(keys), dtype=torch.float32) if last else None
-    block = _block(tile.width, keys.dtype)
-    blocks, places = -(-extents.longest // block), _places(extents)
+    size = block(tile.width, keys.dtype)
+    blocks, places = -(-extents.longest // size), _places(extents)
     if blocks:
         programs.report[(tile.rows, blocks)](
             query.contiguous(),
@@ -108,71 +94,15 @@ def report(
             scale,
             math.log(needs.decay) if needs.decay else -1e9,
             len(keys),
-            **tile.sizes(programs),
-            BLOCK=block,
+            **tile.sizes,
+            FACTORS=programs.factors(keys.dtype),
+            BLOCK=size,
             TILES=tile.tiles,
             SQUARE=needs.columns == "square",
             FOLD=needs.fold,
             LAST=last,
         )
     return Seen(columns, rows)
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """How the queries of one KV head are laid in tiles of `heads` query heads x `queries` queries,
-    both powers of two.
-    """
-
-    rows: int
-    group: int
-    q: int
-    width: int
-    dtype: torch.dtype
-    heads: int
-    queries: int
-
-    @classmethod
-    def of(cls, query: Tensor, keys: Tensor, extents: Extents) -> _Tile:
-        """For tensors that fit each other and the kernels."""
-        _check(query, keys, extents)
-        rows, (batch, heads, q, width) = len(extents.starts), query.shape
-        group, queries = batch * heads // rows, _power(q)
-        together = min(_power(group), max(1, TALLEST // queries))
-        together = max(together, LEAST // queries)
-        return cls(rows, group, q, width, keys.dtype, together, queries)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles that hold the whole group."""
-        return -(-self.group // self.heads)
-
-    def sizes(self, programs: ModuleType) -> dict[str, object]:
-        """What the programs must know when they are compiled."""
-        return {
-            "GROUP": self.group,
-            "Q": self.q,
-            "D": self.width,
-            "WIDE_D": _wide(self.width),
-            "HEADS": self.heads,
-            "QUERIES": self.queries,
-            "FACTORS": programs.factors(self.dtype),
-        }
-
-
-def _power(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
-
-
-def _wide(width: int) -> int:
-    """What a head of so many numbers is padded to."""
-    return max(LEAST, _power(width))
-
-
-def _block(width: int, dtype: torch.dtype) -> int:
-    """Slots of one tile: a power of two that divides SPLIT."""
-    return max(LEAST, min(LONGEST, LARGEST // (_wide(width) * dtype.itemsize)))
 
 
 def _places(extents: Extents) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -190,8 +120,9 @@ def _programs() -> ModuleType:
     return triton_programs
 
 
-def _check(query: Tensor, keys: Tensor, extents: Extents) -> None:
-    rows, (batch, heads, q, width) = len(extents.starts), query.shape
+def _tile(query: Tensor, keys: Tensor, extents: Extents) -> Tile:
+    """For tensors that fit each other and the kernels."""
+    width = query.shape[3]
     if keys.dtype not in DTYPES or query.dtype != keys.dtype:
         raise ValueError(
             "queries and keys: expected one dtype of float16, bfloat16 and float32, "
@@ -204,13 +135,9 @@ def _check(query: Tensor, keys: Tensor, extents: Extents) -> None:
         )
     if width > WIDEST:
         raise ValueError(f"keys: expected heads of at most {WIDEST} numbers, got {width}")
-    if not 1 <= q <= MOST:
-        raise ValueError(f"queries: expected 1 to {MOST} a row, got {q}")
-    if not rows or rows % batch or batch * heads % rows:
-        raise ValueError(
-            f"starts: expected one for each KV head of {batch} x {heads} query heads, got {rows}"
-        )
+    tile = Tile.of(query, len(extents.starts))
     _check_extents(extents, len(keys))
+    return tile
 
 
 def _check_extents(extents: Extents, slots: int) -> None:

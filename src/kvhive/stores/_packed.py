@@ -49,6 +49,10 @@ class PackedKind(StoreKind):
         """For heads of such sizes. Raises `ValueError` for sizes that it cannot pack."""
         raise TypeError(f"{type(self).__name__} does not pack")
 
+    def check_heads(self, width: int) -> None:
+        """See the base."""
+        self.packing(width, width)
+
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> PackedStore:
         """An empty store."""
         return PackedStore(self)
@@ -307,7 +311,8 @@ class PackedStore(Store):
 
     def _block(self, side: Side, first: int, last: int) -> Tensor:
         """float32 `[b, K, last - first, d]`."""
-        return side.columns(first, last).unflatten(0, (self.batch, self.heads))
+        block: Tensor = side.columns(first, last).unflatten(0, (self.batch, self.heads))
+        return block
 
     # ---- rows, slots and columns ----------------------------------------------------------------
 

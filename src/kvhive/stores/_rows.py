@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvhive.kernels.hadamard import hadamard
 from kvhive.kernels.packed import PackedRows, Runs, coded
 from kvhive.memory import zeros
 
@@ -17,21 +18,21 @@ SPARE = 32  # slots a row gets ahead, at least; a 64th of what rows hold where t
 class PerToken:
     """Each token by itself, its numbers in groups of `group` that follow each other.
 
-    bits: of a number. group: divides the width. turn: a matrix `[width, width]` that tokens are
-    multiplied by first; None: none.
+    bits: of a number. group: divides the width. spread: whether tokens are multiplied by the
+    Hadamard matrix first.
     """
 
     bits: int
     group: int
-    turn: Tensor | None = None
+    spread: bool = False
 
     def turned(self, numbers: Tensor) -> Tensor:
         """Float32 `[..., width]` as tokens are before they are rounded."""
-        return numbers if self.turn is None else numbers @ self.turn.to(numbers.device)
+        return numbers @ hadamard(numbers.shape[-1]).to(numbers) if self.spread else numbers
 
     def turned_back(self, numbers: Tensor) -> Tensor:
-        """The reverse of `turned`."""
-        return numbers if self.turn is None else numbers @ self.turn.T.to(numbers.device)
+        """The reverse of `turned`; the matrix is its own inverse."""
+        return self.turned(numbers)
 
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
         """Tokens `[N, width]` of all rows one after another; lengths: int64 `[R]` on the CPU."""

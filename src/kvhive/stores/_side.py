@@ -196,4 +196,5 @@ class Side:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held."""
-        return self.exact.nbytes + sum(_rows.nbytes(part) for part in self.parts)
+        places = sum(place.untyped_storage().nbytes() for place in self._places)
+        return self.exact.nbytes + places + sum(_rows.nbytes(part) for part in self.parts)

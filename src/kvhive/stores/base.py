@@ -119,10 +119,12 @@ class LayerFacts:
 class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
-    calibration: the method whose profile it reads; None for no profile.
+    calibration: the method whose profile it reads; None for no profile. rewritable: whether the key
+    of a single token can be replaced, as folding and turning it do.
     """
 
     calibration: ClassVar[str | None] = None
+    rewritable: ClassVar[bool] = True
 
     @property
     def best(self) -> float | None:
@@ -130,6 +132,9 @@ class StoreKind(Spec):
         An eviction then says which those are (`Plan.best`).
         """
         return None
+
+    def check_heads(self, width: int) -> None:
+        """Raises `ValueError` for heads of so many numbers, where it cannot hold them."""
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""

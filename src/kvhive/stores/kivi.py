@@ -7,6 +7,7 @@ arXiv:2402.02750; sinks that stay exact are an addition (`sink=0` is the paper).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvhive.spec import knob
 from kvhive.stores._packed import PackedKind, Packing
@@ -25,6 +26,8 @@ class Kivi(PackedKind):
     An eviction leaves the rest of a group its codes and grid. Best with policies that compress
     once; below ones that evict while they decode ever fewer tokens share a grid: take `rotated`.
     """
+
+    rewritable: ClassVar[bool] = False
 
     bits: int = bits_knob("of keys and of values, where nothing else is said")
     key_bits: int | None = bits_knob("of keys", None)

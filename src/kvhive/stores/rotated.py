@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvhive.kernels.hadamard import hadamard
 from kvhive.spec import knob
 from kvhive.stores._packed import PackedKind, Packing
 from kvhive.stores._rows import PerToken
@@ -39,7 +38,7 @@ class Rotated(PackedKind):
     def packing(self, key_width: int, value_width: int) -> Packing:
         """See the base."""
         forms = [
-            PerToken(self.bits, group_for(self.name, width, self.group), hadamard(width))
+            PerToken(self.bits, group_for(self.name, width, self.group), spread=True)
             for width in (key_width, value_width)
         ]
         return Packing((forms[0],), (forms[1],), self.sink, self._due, self._due, self.residual)

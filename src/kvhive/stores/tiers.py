@@ -7,6 +7,7 @@ rank is that of the recipe's policy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvhive.spec import knob
 from kvhive.stores._packed import PackedKind, Packing
@@ -24,6 +25,8 @@ class Tiers(PackedKind):
     For what is compressed once, after a prompt. What is decoded later is held exactly until a group
     is full, and then in `bits`.
     """
+
+    rewritable: ClassVar[bool] = False
 
     bits: int = bits_knob("of the best tokens")
     share: float = knob(0.1, "part of the tokens seen that are the best", least=0.0, most=1.0)
