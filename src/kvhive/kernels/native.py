@@ -1,7 +1,8 @@
 """Attention's two products with packed rows, and what packs them, in C on a CPU: `_packed.c`, where
 it was compiled.
 
-The environment variable KVHIVE_NATIVE=0 turns it off.
+The environment variable KVHIVE_NATIVE=0 turns it off. Threads are torch's own (OpenMP), as many as
+`torch.get_num_threads()` where the work is worth them.
 """
 
 from __future__ import annotations
