@@ -51,6 +51,7 @@ format: $(VENV)/dev.stamp ## format the code and repair what the linter can
 
 clean: ## delete the environment, the caches and the report
 	rm -rf $(VENV) build dist report.html .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f src/kvhive/kernels/_packed.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/demo.stamp: EXTRAS := pdf,smollm2
@@ -58,7 +59,7 @@ $(VENV)/dev.stamp: EXTRAS := dev
 
 # torch comes first, so that the later steps find the chosen build in place. The model's package comes
 # without its dependencies (see pyproject.toml).
-$(VENV)/%.stamp: pyproject.toml constraints.txt
+$(VENV)/%.stamp: pyproject.toml constraints.txt hatch_build.py $(wildcard src/kvhive/kernels/_*.[ch])
 	@echo "setting up $(VENV) for kvhive[$(EXTRAS)] (minutes on the first run)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH)

@@ -22,6 +22,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import kvhive
+from kvhive.kernels import native, native_build
 from tests.cli.tiny import save, text
 
 ROOT = Path(__file__).parents[1]
@@ -47,13 +48,18 @@ print(json.dumps([(result.exit_code, result.stderr) for result in results]))
 """
 
 
-def call(*words: str | Path, stdin: str | None = None) -> str:
+LIBRARY = f"kvhive/kernels/{native_build.LIBRARY}"
+
+
+def call(
+    *words: str | Path, stdin: str | None = None, cwd: Path = ROOT / "docs", **settings: str
+) -> str:
     """What a command prints; it sees no module of this process's own path."""
     hidden = {"PYTHONPATH", "VIRTUAL_ENV"}
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    env = kept | {"COLUMNS": "100", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = kept | {"COLUMNS": "100", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | settings
     run = subprocess.run(
-        [*map(str, words)], input=stdin, capture_output=True, text=True, env=env, cwd=ROOT / "docs"
+        [*map(str, words)], input=stdin, capture_output=True, text=True, env=env, cwd=cwd
     )
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     return run.stdout
@@ -120,8 +126,26 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     about = f"kvhive-{kvhive.__version__}.dist-info"
     files = ("METADATA", "WHEEL", "entry_points.txt", "licenses/LICENSE", "RECORD")
-    assert names == ours | {f"{about}/{file}" for file in files}
+    assert names - {LIBRARY} == (ours - {LIBRARY}) | {f"{about}/{file}" for file in files}
     assert "kvhive/py.typed" in names
+    assert (LIBRARY in names) == (not wheel.stem.endswith("-none-any"))
+    assert LIBRARY in names or native.library() is None
+
+
+def test_a_wheel_is_built_without_a_compiler(built: Path, tmp_path: Path) -> None:
+    """From the sdist, which has the sources of the C kernels; it is one for every platform."""
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (home,) = tmp_path.iterdir()
+    kernels = home / "src" / "kvhive" / "kernels"
+    assert not (kernels / native_build.LIBRARY).exists()
+    words = ("-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path / "dist")
+    call(sys.executable, *words, cwd=home, PATH=str(tmp_path), CC="")
+    (wheel,) = (tmp_path / "dist").glob("*-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"kvhive/kernels/{name}" for name in native_build.SOURCES} < names
+    assert LIBRARY not in names
 
 
 def test_the_sdist_holds_what_tests_and_readers_need(built: Path) -> None:
@@ -130,7 +154,7 @@ def test_the_sdist_holds_what_tests_and_readers_need(built: Path) -> None:
         tops = {name.split("/")[1] for name in archive.getnames() if "/" in name}
     needed = {"src", "tests", "docs", "examples", "benchmarks", "Makefile", "constraints.txt"}
     papers = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
-    made = {"PKG-INFO", "pyproject.toml", ".gitignore"}
+    made = {"PKG-INFO", "pyproject.toml", "hatch_build.py", ".gitignore"}
     assert tops == needed | papers | made
 
 

@@ -21,6 +21,8 @@ class Plan:
     longest: the largest count.
     into: int64 `[b, K, n]`, for each slot held now the slot whose key and value it is folded into
     (their plain mean, summed in float32), -1 for none; None: nothing is folded.
+    best: bool `[b, K, n]`, of those the ones that a store of several tiers holds best; None: nobody
+    asked.
     columns `[b, K, n, ...]`, counters `[b, K]`: what the policy knows of the slots held now, where
     the eviction changes that.
     """
@@ -31,6 +33,7 @@ class Plan:
     tally: Tensor
     longest: int
     into: Tensor | None = None
+    best: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counters: Mapping[str, Tensor] = field(default_factory=dict)
     _rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -42,6 +45,7 @@ class Plan:
         into: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
         counters: Mapping[str, Tensor] | None = None,
+        best: Tensor | None = None,
     ) -> Plan:
         """From bool `[b, K, n]`. Asks the device for the counts, once."""
         count = keep.sum(-1)
@@ -52,7 +56,7 @@ class Plan:
         else:
             order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices
             index = order[..., keep.shape[-1] - longest :]
-        return cls(keep, index, count, tally, longest, into, columns or {}, counters or {})
+        return cls(keep, index, count, tally, longest, into, best, columns or {}, counters or {})
 
     @cached_property
     def holes(self) -> bool:

@@ -75,6 +75,41 @@ class Recipe:
             )
 
         self._check_allocation()
+        self._check_store()
+
+    def _check_store(self) -> None:
+        """Raises `ValueError` for a store that cannot hold what this policy leaves."""
+        policy, store = self.policy, self.store
+        one, other = self.allocation.calibration, store.calibration
+        if one is not None and other is not None and one != other:
+            raise ValueError(
+                f"{one} and {other} read a profile each, and a cache takes one: leave one of them "
+                "out"
+            )
+        if not store.rewritable and policy.merges:
+            raise ValueError(
+                f"{policy.name} folds keys into others, and {store.name} cannot replace single "
+                f"keys; use +rotated, or switch the folding of {policy.name} off"
+            )
+        if not store.rewritable and (self.positions or policy.position_rule) == "cache":
+            raise ValueError(
+                f"{policy.name} counts positions in the cache, so keys are turned, and "
+                f"{store.name} cannot replace single keys; write "
+                f"{policy.name}(positions=original), or use +rotated"
+            )
+        if store.best is None:
+            return
+        if self.budget is None or policy.granularity == "model":
+            raise ValueError(
+                f"{store.name} holds the best of what a budget leaves, and {policy.name} has no "
+                "budget that could be smaller; use +kivi, or a policy with a budget"
+            )
+        share = self.budget.share
+        if share is not None and store.best > share:
+            raise ValueError(
+                f"{store.name}: share={store.best:g} of the tokens cannot be the best of the "
+                f"{share:g} that {policy.name} keeps; lower it, or raise the budget"
+            )
 
     def _check_allocation(self) -> None:
         """Raises `ValueError` for an allocation that this policy leaves nothing to share out."""

@@ -26,6 +26,7 @@ class Step:
     real: bool `[b, fresh]`, False for padding; None: there is none.
     order: int64 `[b, fresh]`, in which order the tokens are taken so that padding comes first in
     every row; None: as they come. `real` and `position` are in that order already.
+    ends: False for a part of a prompt of which more is known to come.
     """
 
     phase: Phase
@@ -35,6 +36,7 @@ class Step:
     brings: int | Tensor
     real: Tensor | None = None
     order: Tensor | None = None
+    ends: bool = True
 
     @classmethod
     def plain(cls, first: int, fresh: int, phase: Phase | None = None) -> Step:

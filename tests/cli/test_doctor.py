@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from kvhive import __version__
 from kvhive.cli import checks
 from kvhive.evaluation.data.catalogue import CATALOGUE
+from kvhive.kernels import native
 from tests.cli.tiny import TRAINED_LENGTH
 
 EXTRAS = {"pdf", "smollm2", "eval", "ray", "lm-eval"}
@@ -63,6 +64,18 @@ def test_the_report_as_json(plain):
     assert set(found["extras"]) >= EXTRAS
     assert "dev" not in found["extras"]
     assert found["versions"]["kvhive"] == {"value": __version__, "ok": True, "advice": None}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_c_kernels_are_no_duty(plain, monkeypatch, there):
+    """How to get them is said where they are missing."""
+    monkeypatch.setattr(native, "library", lambda: object() if there else None)
+    monkeypatch.setattr(native, "lanes", lambda: 8)
+    found, code = report(plain)
+    assert code == 0
+    told = found["devices"]["c kernels"]
+    assert told["value"].startswith("compiled" if there else "not compiled")
+    assert (told["advice"] is None) == there
 
 
 def test_a_missing_extra_is_no_fault(plain, installed):

@@ -16,6 +16,7 @@ from kvhive.cache.progress import Progress
 from kvhive.calibration import Profile
 from kvhive.policies import Policy
 from kvhive.rope import Rotation
+from kvhive.stores import StoreKind
 from kvhive.stores.dense import Dense
 
 from .cases import Case
@@ -24,14 +25,18 @@ TOLERANCE = 1e-4
 
 
 def make_layer(
-    policy: Policy, budget: int | None, rotation: Rotation | None = None, slack: int | None = 0
+    policy: Policy,
+    budget: int | None,
+    rotation: Rotation | None = None,
+    slack: int | None = 0,
+    store: StoreKind | None = None,
 ) -> HiveLayer:
     """A layer that holds every head to `budget` tokens and frees no more than it must.
 
     None: the policy sizes itself. Budgets that a recipe would refuse are allowed. rotation: how
-    keys are turned whose positions are counted in the cache.
+    keys are turned whose positions are counted in the cache. store: None for a dense one.
     """
-    return make_layers(policy, budget, 1, rotation, slack)[0]
+    return make_layers(policy, budget, 1, rotation, slack, store=store)[0]
 
 
 def make_layers(
@@ -42,15 +47,18 @@ def make_layers(
     slack: int | None = 0,
     allocation: Allocation | None = None,
     profile: Profile | None = None,
+    store: StoreKind | None = None,
 ) -> list[HiveLayer]:
-    """The layers of a model, as in a cache. allocation: None for uniform; profile: for it."""
+    """The layers of a model, as in a cache. allocation: None for uniform; profile: for it; store:
+    None for a dense one.
+    """
     policies = [policy.for_layer(place, count, budget) for place in range(count)]
     tokens = None if budget is None else Budget(tokens=budget)
     limits = Limits(policies, tokens, allocation or Uniform(), slack, profile)
     progress = Progress(count, limits)
     layers: list[HiveLayer] = []
     for place, own in enumerate(policies):
-        layers.append(HiveLayer(own, Dense(), progress, place, layers, rotation))
+        layers.append(HiveLayer(own, store or Dense(), progress, place, layers, rotation))
     return layers
 
 

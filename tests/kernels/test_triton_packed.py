@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kvhive.kernels import Needs, triton_packed
 from kvhive.kernels.bits import WIDTHS
 from kvhive.kernels.triton_tiles import SPLIT, TALLEST
-from tests.kernels.packed_cases import EXACT, Case, Part, case
+from tests.kernels.packed_segment_cases import EXACT, Case, Part, case
 from tests.kernels.ragged_cases import needs
 from tests.kernels.test_triton_ragged import DEVICE, ROOT, SHARED, TOLD, TOLERANCE, close
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kvhive import kernels
 from kvhive.kernels import Ask, Needs, dispatch, triton_packed, triton_tiles
-from kvhive.kernels.packed import PackedRows
+from kvhive.kernels.packed_rows import PackedRows
 from kvhive.kernels.packed_segments import ExactRows, Segment
 from kvhive.step import Step
-from tests.kernels.packed_cases import EXACT, Case, Part, case
+from tests.kernels.packed_segment_cases import EXACT, Case, Part, case
 
 
 @pytest.fixture

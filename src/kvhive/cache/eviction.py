@@ -7,7 +7,7 @@ CPU, and what is left before a limit is counted down from step to step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,16 +108,27 @@ class Eviction:
         limits = target = self.limits.lowered(self.layer, spare).expand_as(slots.tally)
         if decoding:
             target = self.limits.target(self.layer).expand_as(slots.tally)
+        best = self.limits.best(self.layer)
+        best = None if best is None else best.expand_as(slots.tally)
         if not self.competing:
-            return cut(self.policy, slots, held, limits, target)
+            return cut(self.policy, slots, held, limits, target, best=best)
         over = slots.tally.sum(-1, keepdim=True) > limits.sum(-1, keepdim=True)
         if not bool(over.any()):
             return None
         score = _scores_to_compete_by([self], [slots], [held])[0]
         on_device = [torch.where(over, target, limits).to(slots.device)]
         ranked = [self._ranked(slots, score, on_device[0])]
-        shares = self.limits.allocation.at_eviction(ranked, on_device, self.limits.floor)[0]
-        return cut(self.policy, slots, held, shares.cpu(), shares.cpu(), score)
+        share, best = (
+            None if one is None else self._shared(ranked, [one])[0]
+            for one in (on_device[0], None if best is None else best.to(slots.device))
+        )
+        assert share is not None
+        return cut(self.policy, slots, held, share, share, score, best)
+
+    def _shared(self, ranked: list[Tensor], budgets: list[Tensor]) -> list[Tensor]:
+        """int64 `[b, K]` of each layer on the CPU: budgets shared anew by ranked scores."""
+        allocation, floor = self.limits.allocation, self.limits.floor
+        return [share.cpu() for share in allocation.at_eviction(ranked, budgets, floor)]
 
     def _ranked(self, slots: Slots, score: Tensor, budget: Tensor) -> Tensor:
         """Scores for heads to compete by; what stays anyway counts as won."""
@@ -209,11 +220,19 @@ def _plan_by_scores(
         evictions[place]._ranked(slots[place], score, budget)
         for place, score, budget in zip(part, scores, on_device, strict=True)
     ]
-    limits = evictions[0].limits
-    shares = limits.allocation.at_eviction(ranked, on_device, limits.floor)
-    for place, share, score in zip(part, shares, scores, strict=True):
-        policy, share = evictions[place].policy, share.cpu()
-        plans[place] = cut(policy, slots[place], helds[place], share, share, score)
+    first, bests = evictions[0], [evictions[place].limits.best(place) for place in part]
+    shares = first._shared(ranked, on_device)
+    best: list[Tensor] | list[None] = [None] * len(part)
+    if bests[0] is not None:
+        wanted = [
+            one.expand_as(share).to(slots[place].device)
+            for place, one, share in zip(part, bests, shares, strict=True)
+            if one is not None
+        ]
+        best = first._shared(ranked, wanted)
+    for place, share, score, most in zip(part, shares, scores, best, strict=True):
+        policy = evictions[place].policy
+        plans[place] = cut(policy, slots[place], helds[place], share, share, score, most)
     return plans
 
 
@@ -242,12 +261,14 @@ def cut(
     limits: Tensor,
     target: Tensor,
     score: Tensor | None = None,
+    best: Tensor | None = None,
 ) -> Plan | None:
     """What a policy leaves: heads above their limit go down to the target, others stay as they are.
 
     Heads of a row whose limits differ go down together, or each would ask for an eviction in turn.
 
-    limits, target: int64 `[b, K]` on the CPU. score: where it is known. None when nothing goes.
+    limits, target: int64 `[b, K]` on the CPU. score: where it is known. best: int64 `[b, K]` on the
+    CPU, how many of those that stay are the best; None: nobody asks. None when nothing goes.
     """
     over = slots.tally > limits
     if not bool(over.any()):
@@ -259,6 +280,9 @@ def cut(
         score = _score(policy, slots, held)
     choice = policy.choose(slots, budget, score)
     _check_shape(policy, "what stays", choice.keep, slots)
+    if best is not None:
+        most = torch.minimum(best.to(slots.device), budget)
+        choice = replace(choice, best=policy.choose(slots, most, score).keep)
     return _plan(slots, choice, None if bool(over.all()) else over.to(slots.device))
 
 
@@ -293,7 +317,7 @@ def _plan(slots: Slots, choice: Choice, over: Tensor | None) -> Plan | None:
             columns[name] = torch.where(wide, column, slots[name])
         for name, counter in counters.items():
             counters[name] = torch.where(over, counter, slots.counters[name])
-    plan = Plan.keeping(keep, into, columns, counters)
+    plan = Plan.keeping(keep, into, columns, counters, choice.best)
     if into is None and torch.equal(plan.tally, slots.tally):
         slots.adopt(plan)
         return None

@@ -25,6 +25,7 @@ class Limits:
 
     policies: of each layer. budget: None where they size themselves. slack: tokens to free beyond
     need when decoding goes over a limit; None: the policies' own. profile: for the allocation.
+    best: the part of the tokens seen that the store holds better than the rest; None: it does not.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Limits:
         allocation: Allocation,
         slack: int | None,
         profile: Profile | None = None,
+        best: float | None = None,
     ) -> None:
+        self._best_share = best
         self.policies, self.budget = list(policies), budget
         self.allocation, self._slack, self._profile = allocation, slack, profile
         self.sizings = [policy.sizing for policy in policies]
@@ -48,6 +51,7 @@ class Limits:
         """Nothing is limited until `follow`."""
         self.all: Tensor | None = None  # int64 [layers, rows or 1, K], on the CPU
         self.version = 0  # changes whenever `all` does
+        self._best: Tensor | None = None  # of the best tokens, as `all`
         self._targets: dict[int, tuple[int, Tensor]] = {}  # of each layer, and their version
         self._prompted = False
         self._seen: list[int] = []
@@ -61,8 +65,11 @@ class Limits:
         if seen == self._seen or (stays and self.all is not None):
             return
         self._seen = seen
-        rows = [self._limits(tokens, heads) for tokens in seen]
+        rows = [self._limits(tokens, heads, self.budget) for tokens in seen]
         self.all, self.version = torch.stack(rows, 1), self.version + 1
+        if self._best_share is not None:
+            share = Budget(share=self._best_share)
+            self._best = torch.stack([self._limits(tokens, heads, share) for tokens in seen], 1)
 
     @property
     def moving(self) -> bool:
@@ -72,6 +79,10 @@ class Limits:
     def of(self, layer: int) -> Tensor | None:
         """int64 `[rows or 1, K]` on the CPU; None while nothing is limited."""
         return None if self.all is None else self.all[layer]
+
+    def best(self, layer: int) -> Tensor | None:
+        """How many tokens the store holds best, as `of`; None: it makes no difference."""
+        return None if self._best is None else self._best[layer]
 
     def target(self, layer: int) -> Tensor:
         """What decoding cuts a layer down to, int64 `[rows or 1, K]` on the CPU.
@@ -109,20 +120,22 @@ class Limits:
         """Re-index the batch: row i becomes what row `rows[i]` was (int64 `[new batch]`)."""
         if self.all is not None and self.all.shape[1] > 1:
             self.all, self.version = self.all.index_select(1, rows.cpu()), self.version + 1
+            if self._best is not None:
+                self._best = self._best.index_select(1, rows.cpu())
             self._seen = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of limits and targets."""
         held = [target for _, target in self._targets.values()]
-        held += [] if self.all is None else [self.all]
+        held += [one for one in (self.all, self._best) if one is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
-    def _limits(self, seen: int, heads: int) -> Tensor:
+    def _limits(self, seen: int, heads: int, budget: Budget | None) -> Tensor:
         """int64 `[layers, K]` for a row that has seen so many tokens."""
-        limited = [self._sized(layer, seen) for layer in range(len(self.policies))]
-        budgets = [budget for budget in limited if budget is not None]
-        if self.budget is None or not budgets:
+        limited = [self._sized(layer, seen, budget) for layer in range(len(self.policies))]
+        budgets = [limit for limit in limited if limit is not None]
+        if budget is None or not budgets:
             known = [UNLIMITED if limit is None else limit for limit in limited]
             return torch.tensor(known)[:, None].expand(-1, heads)
         places = tuple(place for place, limit in enumerate(limited) if limit is not None)
@@ -131,11 +144,11 @@ class Limits:
         free = torch.full((heads,), UNLIMITED)
         return torch.stack([free if limit is None else next(shares) for limit in limited])
 
-    def _sized(self, layer: int, seen: int) -> int | None:
+    def _sized(self, layer: int, seen: int, budget: Budget | None) -> int | None:
         """A layer's limit before allocation; None: it has none."""
         sizing = self.sizings[layer]
-        if self.budget is None or not sizing.budgeted:
+        if budget is None or not sizing.budgeted:
             return None if sizing.alone is None else sizing.alone(seen)
-        if self.budget.share == 1:
+        if budget.share == 1:
             return None
-        return sizing.peak(self.budget.resolve(seen, sizing.least))
+        return sizing.peak(budget.resolve(seen, sizing.least))

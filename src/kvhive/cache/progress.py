@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class Progress:
     layers: how many compressed layers go through each step, in order. frozen: how many calls of
     `freeze` wait for their thaw. recording: votes and evictions wait for `crop`. reading: a second
     pass comes after the step. repeats: int64 `[b, 2]` while it runs: where what it repeats begins
-    and ends, in tokens before its own.
+    and ends, in tokens before its own. more: whether the prompt goes on after the step.
     """
 
     def __init__(self, layers: int, limits: Limits) -> None:
@@ -36,8 +37,14 @@ class Progress:
         self.rows: Tensor | None = None  # int64 [b]: real tokens, once any row was padded
         self._tally = torch.zeros(0, dtype=torch.int64)  # the same on the CPU, or more
         self._step: Step | None = None
+        self.more = False
         self._done = self.layers  # layers that have gone through the step
         self.limits.reset()
+
+    @property
+    def waits(self) -> bool:
+        """Whether what the steps bring is not evicted from: it may, or will, be taken back."""
+        return self.recording or self.repeats is not None
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -57,9 +64,10 @@ class Progress:
                     "failed halfway, or its model uses another attention than 'kvhive' "
                     "(HiveCache.for_model sets it); make a new cache, or call reset()"
                 )
-            self._step, self._done = self._next(keys, mask, phase), 0
-            if phase is not None or not (self.recording or self.repeats is not None):
-                self.limits.follow(self._step, self.lengths(), keys.shape[1])
+            step = replace(self._next(keys, mask, phase), ends=not self.more)
+            self._step, self._done = step, 0
+            if phase is not None or not self.waits:
+                self.limits.follow(step, self.lengths(), keys.shape[1])
         if self._step is None or layer != self._done or keys.shape[2] != self._step.fresh:
             raise ValueError(
                 f"layer {layer} of this cache was given {keys.shape[2]} tokens out of turn: all "

@@ -52,11 +52,15 @@ def prefill(
         raise ValueError("there is nothing to read: give at least 1 token id")
     if cache.positions == "original":  # else it depends on what is held when a step begins
         check_fits(cache, cache.progress.seen + tokens, min(chunk or tokens, tokens))
-    for start, stop in chunks(tokens, chunk):
-        padded = () if mask is None else padding(mask, stop - tokens, stop - start)
-        logits = step(model, cache, ids[:, start:stop], 1, *padded)
-        if tick is not None:
-            tick(stop / tokens)
+    try:
+        for start, stop in chunks(tokens, chunk):
+            cache.progress.more = stop < tokens
+            padded = () if mask is None else padding(mask, stop - tokens, stop - start)
+            logits = step(model, cache, ids[:, start:stop], 1, *padded)
+            if tick is not None:
+                tick(stop / tokens)
+    finally:
+        cache.progress.more = False
     return logits[:, -1]
 
 

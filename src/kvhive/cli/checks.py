@@ -72,6 +72,7 @@ def devices() -> Iterator[Check]:
     asked = os.environ.get("OMP_NUM_THREADS")
     told = f" (OMP_NUM_THREADS={asked})" if asked else ""
     yield Check("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads{told}")
+    yield _c_kernels()
     for place in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(place)
         yield Check(f"cuda:{place}", f"{facts.name}, {facts.total_memory / _GIB:.1f} GiB")
@@ -157,6 +158,21 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
     "folders": folders,
     "terminal": terminal,
 }
+
+
+def _c_kernels() -> Check:
+    """Whether packed stores decode in C on a CPU."""
+    from kvhive.kernels import native
+
+    if native.library() is not None:
+        return Check("c kernels", f"compiled; {native.lanes()} numbers at a time")
+    if native.turned_off():
+        return Check("c kernels", "turned off by KVHIVE_NATIVE=0")
+    advice = (
+        "packed stores decode several times faster with them; with a C compiler: "
+        "python -m kvhive.kernels.native_build"
+    )
+    return Check("c kernels", "not compiled from these sources", advice)
 
 
 def _requirements(extra: str) -> list[Requirement]:

@@ -1,5 +1,5 @@
-"""Numbers of 2, 3, 4 or 8 bits: rounding to a grid between the least and the largest of a group, and
-packing into bytes.
+"""Numbers of 2, 3, 4 or 8 bits: rounding to a grid between the least and the largest of a group,
+and packing into bytes.
 
 Source: the asymmetric quantiser of KIVI (Liu et al. 2024, arXiv:2402.02750), which rounds half to
 even; a group of one single value is that value exactly.
@@ -31,12 +31,12 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes `[..., d]` in `d * bits / 8` bytes; d is a multiple of 8.
 
     Planes of `p` bits lie one after another; byte j of a plane holds numbers j, j + d p / 8,
-    j + 2 d p / 8, ..., the first in its lowest bits. Numbers of 3 bits have a plane of their lower 2
-    bits and one of the highest.
+    j + 2 d p / 8, ..., the first in its lowest bits. Numbers of 3 bits have a plane of their lower
+    2 bits and one of the highest.
     """
     parts, shift = [], 0
     for width in _PLANES[bits]:
-        plane = (codes >> shift) & (2**width - 1)
+        plane: Tensor = (codes >> shift) & (2**width - 1)
         if width == 8:
             return plane
         pieces = plane.unflatten(-1, (8 // width, -1)).unbind(-2)

@@ -69,6 +69,13 @@ class ModelFacts:
             self._fingerprint.append(fingerprint(self.loaded_model()))
         return self._fingerprint[0]
 
+    @property
+    def head_width(self) -> int:
+        """Numbers in a head's key, as the config says."""
+        config = self.config
+        given: int | None = getattr(config, "head_dim", None)
+        return given or config.hidden_size // config.num_attention_heads
+
     def loaded_model(self) -> PreTrainedModel:
         """The model itself. Raises `ValueError` when it is no longer loaded, or was not known to a
         cache that was pickled.

@@ -30,13 +30,15 @@ class Choice:
 
     keep: bool `[b, K, n]`, the slots that stay. into: int64 `[b, K, n]`, into which kept slot each
     dropped one is folded, -1 for none; None: nothing is. columns, counters: their new values, for
-    those that an eviction changes (before the dropped slots go).
+    those that an eviction changes (before the dropped slots go). best: bool as keep, what would
+    stay of it at a smaller budget, where a store asks.
     """
 
     keep: Tensor
     into: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counters: Mapping[str, Tensor] = field(default_factory=dict)
+    best: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ class Hive(Policy):
 
     While decoding (a) follows the newest queries: a query counts `1 - 1 / observed` times the next.
 
-    Source: ours; (b) is Kim et al. 2025, arXiv:2505.23416. State: two float32 per slot.
+    Source: ours; (b) is Kim et al. 2025, arXiv:2505.23416. State: 6 bytes per slot.
     """
 
     source: ClassVar[str] = "ours"
-    cost: ClassVar[str] = "reads a prompt again, some 4 prefills for a small model; 8 bytes a slot"
+    cost: ClassVar[str] = "reads a prompt again, some 4 prefills for a small model; 6 bytes a slot"
     allocation: ClassVar[str] = "global"
 
     sink: int = knob(4, "first tokens kept for ever", least=0)
@@ -81,8 +81,8 @@ class Hive(Policy):
     @property
     def columns(self) -> Mapping[str, Column]:
         """(a) before it is pooled, and (b)."""
-        names = ("votes", "repeated") if self.reconstruct else ("votes",)
-        return {name: Column() for name in names}
+        votes = {"votes": Column()}
+        return {**votes, "repeated": Column(torch.float16)} if self.reconstruct else votes
 
     @property
     def sizing(self) -> Sizing:

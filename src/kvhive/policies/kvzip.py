@@ -31,11 +31,11 @@ class KVzip(Policy):
     Tokens that were never repeated come after all that were, the newest first. Ties: the older
     token. Prompts are compressed, decoding evicts nothing.
 
-    Source: Kim et al. 2025, arXiv:2505.23416, and the authors' code. State: one float32 per slot.
+    Source: Kim et al. 2025, arXiv:2505.23416, and the authors' code. State: 2 bytes per slot.
     """
 
     source: ClassVar[str] = "arXiv:2505.23416"
-    cost: ClassVar[str] = "reads a prompt again, some 7 prefills for a small model; 4 bytes a slot"
+    cost: ClassVar[str] = "reads a prompt again, some 7 prefills for a small model; 2 bytes a slot"
     allocation: ClassVar[str] = "global(floor=0.0)"
 
     sink: int = knob(4, "first tokens kept for ever", least=0)
@@ -49,7 +49,7 @@ class KVzip(Policy):
     @property
     def columns(self) -> Mapping[str, Column]:
         """The score."""
-        return {"repeated": Column()}
+        return {"repeated": Column(torch.float16)}
 
     @property
     def sizing(self) -> Sizing:

@@ -66,6 +66,18 @@ class Store(ABC):
         Returns the store to go on with, which is another where the form changes.
         """
 
+    @property
+    def due(self) -> bool:
+        """Whether `pack` would change keys."""
+        return False
+
+    def pack(self, valid: Tensor | None = None) -> None:  # noqa: B027  # most have nothing to do
+        """A step is over: what is due is packed, where this form packs anything.
+
+        valid: bool `[b, K, length]`, False for empty slots; None: every slot holds a token, or the
+        store knows.
+        """
+
     @abstractmethod
     def resize(self, room: int) -> None:
         """Hold the same in room for `room` slots, no fewer than there are."""
@@ -94,8 +106,8 @@ class Store(ABC):
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """A layer's place among the compressed layers, how many there are, and the model's profile,
-    where the store asks for one.
+    """A layer's place among the compressed layers that hold tokens, how many there are, and the
+    model's profile, where the store asks for one.
     """
 
     place: int = 0
@@ -107,10 +119,39 @@ class LayerFacts:
 class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
-    calibration: the method whose profile it reads; None for no profile.
+    calibration: the method whose profile it reads; None for no profile. rewritable: whether the key
+    of a single token can be replaced, as folding and turning it do.
     """
 
     calibration: ClassVar[str | None] = None
+    rewritable: ClassVar[bool] = True
+
+    @property
+    def profile_file(self) -> str | None:
+        """The file of the profile, where a knob called `profile` names one."""
+        file: str | None = getattr(self, "profile", None)
+        return file
+
+    def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
+        """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:
+        compressed layers, and KV heads in each of them.
+        """
+
+    def sources(self, layers: int, profile: Profile | None) -> Sequence[int]:
+        """For each of so many compressed layers, the place of the one whose tokens it attends to:
+        its own, or that of an earlier one which holds its own. Others get no store.
+        """
+        return range(layers)
+
+    @property
+    def best(self) -> float | None:
+        """The part of the tokens seen that it holds better than the rest; None: it holds all alike.
+        An eviction then says which those are (`Plan.best`).
+        """
+        return None
+
+    def check_heads(self, width: int) -> None:
+        """Raises `ValueError` for heads of so many numbers, where it cannot hold them."""
 
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store for one layer. earlier: those of the layers before it."""

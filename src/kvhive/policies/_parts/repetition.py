@@ -18,7 +18,7 @@ def score_repeated(
 ) -> None:
     """Score the slots that a chunk of the pass repeats, in place; the others keep their scores.
 
-    scores: float32 `[b, K, n]`. A slot's score is the largest attention that any query of the
+    scores: float `[b, K, n]`. A slot's score is the largest attention that any query of the
     chunk's pass, and of the query heads of the group, gives it, as if nothing were held but the
     slots repeated, the first `sink` ones and the pass itself.
     """

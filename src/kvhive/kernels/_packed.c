@@ -1,0 +1,342 @@
+/* Attention's two products with rows of packed numbers, on a CPU: `logits` and `mix` of
+ * packed_reference.py, which says what they do. Plain C with a C ABI; native.py calls it.
+ *
+ * A few tokens at a time become a byte for each number, and go from there to registers. Their body,
+ * _packed_rows.h, is compiled once for each set of instructions, with LANES floats in a vector.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+enum { WIDEST = 512 }; /* numbers a token may have */
+enum { HEADS = 8 };    /* queries that share one unpacking */
+enum { TILE = 4 };     /* queries that share one look at a token */
+enum { BLOCK = 4096 }; /* numbers that are unpacked at a time */
+enum { WORTH = 65536 }; /* numbers that are worth one more thread */
+enum { FLOAT16, BFLOAT16, FLOAT32 };
+enum Grids { NONE, SPLAT, SPREAD }; /* a run's; a token's, of whole vectors; a token's, of others */
+
+/* Written by native.py, 8 bytes each. Strides count floats. */
+typedef struct {
+    int64_t lanes, threads, bits, width, group, dtype;
+    int64_t in_runs;                           /* whether grids are those of runs */
+    int64_t rows, heads, slots, marks, places; /* R, G, S, M, N */
+    int64_t dense_row, dense_head, scores_row, scores_head;
+    float *dense;                              /* [R, G, width]: queries, or the output of mix */
+    float *scores;                             /* [R, G, N]: logits, or weights */
+    const uint8_t *codes;                      /* [S, width * bits / 8] */
+    const void *grids;                         /* [M, 2, width / group] */
+    const int32_t *ends;                       /* [M] */
+    const int64_t *at, *starts, *lengths;      /* [R] */
+    const int64_t *run_starts, *run_counts;    /* [R] */
+} Job;
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (NAME(Order)){__VA_ARGS__})
+#endif
+
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+INLINE float as_float(uint32_t bits)
+{
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+/* The number whose float16 has these bits. */
+INLINE float half(uint16_t bits)
+{
+    const uint32_t rest = (uint32_t)(bits & 0x7fff) << 13;
+    const float size = as_float(rest) * 0x1p112f; /* the exponent's bias: 127 - 15 */
+    uint32_t whole;
+    memcpy(&whole, &size, sizeof whole);
+    whole |= rest >= 0x0f800000 ? 0x7f800000 : 0; /* infinite, or no number */
+    return as_float(whole | (uint32_t)(bits & 0x8000) << 16);
+}
+
+/* Numbers first..first+count-1 of the grids. */
+INLINE void grids(const Job *job, int64_t first, int64_t count, float *to)
+{
+    const uint16_t *halves = (const uint16_t *)job->grids + first;
+    if (job->dtype == FLOAT32)
+        memcpy(to, (const float *)job->grids + first, count * sizeof *to);
+    else if (job->dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++)
+            to[i] = as_float((uint32_t)halves[i] << 16);
+    else
+        for (int64_t i = 0; i < count; i++)
+            to[i] = half(halves[i]);
+}
+
+/* Of each byte, (byte >> shift & mask) << up: of a word of any type, at `from`; added to what is at
+ * `to` where `up` is not 0. */
+#define MOVE(Word, from, to) \
+    do { \
+        Word word, held; \
+        memcpy(&word, from, sizeof word); \
+        memcpy(&held, to, sizeof held); \
+        word = (word >> shift & ((Word){0} + mask * UINT64_C(0x0101010101010101))) << up; \
+        word = up ? word | held : word; \
+        memcpy(to, &word, sizeof word); \
+    } while (0)
+
+/* `count` bytes; where they fill no whole words, the last of them are done once more. */
+INLINE void piece(const uint8_t *from, uint8_t *to, int64_t count, int shift, int mask, int up)
+{
+    int64_t i = 0;
+    if (count >= 16) {
+        for (; i + 16 <= count; i += 16)
+            MOVE(Words, from + i, to + i);
+        if (i < count)
+            MOVE(Words, from + count - 16, to + count - 16);
+    } else if (count >= 8) {
+        MOVE(uint64_t, from, to);
+        if (count > 8)
+            MOVE(uint64_t, from + count - 8, to + count - 8);
+    } else
+        for (; i < count; i++)
+            to[i] = (up ? to[i] : 0) | (from[i] >> shift & mask) << up;
+}
+
+/* Codes of tokens, `pitch` bytes apart. */
+INLINE void unpack_bits(const uint8_t *from, int64_t tokens, int64_t width, int bits, uint8_t *to,
+                        int64_t pitch)
+{
+    const int low = bits == 3 ? 2 : bits, pieces = 8 / low;
+    const int64_t size = width / pieces, eighth = width / 8;
+    for (; tokens > 0; tokens--, from += width * bits / 8, to += pitch) {
+        for (int i = 0; i < pieces; i++)
+            piece(from, to + i * size, size, i * low, (1 << low) - 1, 0);
+        for (int i = 0; bits == 3 && i < 8; i++)
+            piece(from + size, to + i * eighth, eighth, i, 1, 2);
+    }
+}
+
+/* Compiled for the widths that models have most. */
+INLINE void unpack(const uint8_t *from, int64_t tokens, int64_t width, int64_t bits, uint8_t *to,
+                   int64_t pitch)
+{
+#define UNPACK(bits) \
+    case bits: \
+        if (width == 64) \
+            unpack_bits(from, tokens, 64, bits, to, pitch); \
+        else if (width == 128) \
+            unpack_bits(from, tokens, 128, bits, to, pitch); \
+        else \
+            unpack_bits(from, tokens, width, bits, to, pitch); \
+        break;
+    switch (bits) { UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(8) }
+#undef UNPACK
+}
+
+/* Sums in eight parts, which the compiler keeps in vectors. */
+INLINE float dot(const float *one, const float *other, int64_t count)
+{
+    float parts[8] = {0};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int j = 0; j < 8; j++)
+            parts[j] += one[i + j] * other[i + j];
+    for (; i < count; i++)
+        parts[0] += one[i] * other[i];
+    return ((parts[0] + parts[4]) + (parts[2] + parts[6])) +
+           ((parts[1] + parts[5]) + (parts[3] + parts[7]));
+}
+
+INLINE float total(const float *numbers, int64_t count)
+{
+    float parts[8] = {0};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int j = 0; j < 8; j++)
+            parts[j] += numbers[i + j];
+    for (; i < count; i++)
+        parts[0] += numbers[i];
+    return ((parts[0] + parts[4]) + (parts[2] + parts[6])) +
+           ((parts[1] + parts[5]) + (parts[3] + parts[7]));
+}
+
+#define LANES 4
+#define NAME(name) name##_4
+#include "_packed_rows.h"
+#undef LANES
+#undef NAME
+
+#if defined(__x86_64__)
+#define TEXT(words) #words
+#if defined(__clang__)
+#define TARGET(names) \
+    _Pragma(TEXT(clang attribute push(__attribute__((target(names))), apply_to = function)))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define TARGET(names) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(names)))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+
+TARGET("avx2,fma")
+#define LANES 8
+#define NAME(name) name##_8
+#include "_packed_rows.h"
+#undef LANES
+#undef NAME
+END_TARGET
+
+TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define LANES 16
+#define NAME(name) name##_16
+#include "_packed_rows.h"
+#undef LANES
+#undef NAME
+END_TARGET
+#endif
+
+/* Floats in a vector, with the best instructions that this machine has. */
+int64_t kvhive_lanes(void)
+{
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return 16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 8;
+#endif
+    return 4;
+}
+
+static void logits(const Job *job, int64_t row, int64_t top, int heads, int64_t first, int64_t last)
+{
+#if defined(__x86_64__)
+    if (job->lanes == 16)
+        return logits_16(job, row, top, heads, first, last);
+    if (job->lanes == 8)
+        return logits_8(job, row, top, heads, first, last);
+#endif
+    logits_4(job, row, top, heads, first, last);
+}
+
+static void mix(const Job *job, int64_t row, int64_t top, int heads, int64_t first, int64_t last,
+                float *out, int64_t apart)
+{
+#if defined(__x86_64__)
+    if (job->lanes == 16)
+        return mix_16(job, row, top, heads, first, last, out, apart);
+    if (job->lanes == 8)
+        return mix_8(job, row, top, heads, first, last, out, apart);
+#endif
+    mix_4(job, row, top, heads, first, last, out, apart);
+}
+
+/* The part of each row that is a thread's. */
+static void logits_part(const Job *job, int64_t part, int64_t parts)
+{
+    for (int64_t row = 0; row < job->rows; row++) {
+        const int64_t first = job->lengths[row] * part / parts;
+        const int64_t last = job->lengths[row] * (part + 1) / parts;
+        for (int64_t top = 0; top < job->heads; top += HEADS)
+            logits(job, row, top, job->heads - top < HEADS ? job->heads - top : HEADS, first, last);
+    }
+}
+
+static void mix_part(const Job *job, int64_t part, int64_t parts, float *out, int64_t out_row,
+                     int64_t out_head)
+{
+    for (int64_t row = 0; row < job->rows; row++) {
+        const int64_t first = job->lengths[row] * part / parts;
+        const int64_t last = job->lengths[row] * (part + 1) / parts;
+        for (int64_t top = 0; top < job->heads; top += HEADS)
+            mix(job, row, top, job->heads - top < HEADS ? job->heads - top : HEADS, first, last,
+                out + row * out_row + top * out_head, out_head);
+    }
+}
+
+/* Whether all that a job names lies inside its arrays. */
+static int inside(const Job *job)
+{
+    for (int64_t row = 0; row < job->rows; row++) {
+        const int64_t start = job->starts[row], length = job->lengths[row], at = job->at[row];
+        if (length == 0)
+            continue;
+        if (length < 0 || start < 0 || start > job->slots - length || at < 0 ||
+            at > job->places - length)
+            return 0;
+        if (!job->in_runs)
+            continue;
+        const int64_t run = job->run_starts[row], count = job->run_counts[row];
+        if (count < 1 || run < 0 || run > job->marks - count || job->ends[run + count - 1] < length)
+            return 0;
+    }
+    return job->in_runs || job->marks >= job->slots;
+}
+
+#if defined(_OPENMP)
+/* Threads that the work is worth. */
+static int threads(const Job *job)
+{
+    int64_t worth = 0;
+    for (int64_t row = 0; row < job->rows; row++)
+        worth += job->lengths[row] * job->width;
+    worth /= WORTH;
+    return worth < 1 ? 1 : worth < job->threads ? worth : job->threads;
+}
+#endif
+
+/* Both return 0, having done nothing, where rows reach beyond their arrays; else 1. */
+int64_t kvhive_logits(const Job *job)
+{
+    if (!inside(job))
+        return 0;
+#if defined(_OPENMP)
+    const int team = threads(job);
+#pragma omp parallel num_threads(team) if (team > 1)
+    logits_part(job, omp_get_thread_num(), omp_get_num_threads());
+#else
+    logits_part(job, 0, 1);
+#endif
+    return 1;
+}
+
+int64_t kvhive_mix(const Job *job)
+{
+    if (!inside(job))
+        return 0;
+#if defined(_OPENMP)
+    const int team = threads(job);
+    const int64_t size = job->rows * job->heads * job->width;
+    float *others = team > 1 ? calloc((team - 1) * size, sizeof *others) : NULL;
+    if (others) {
+#pragma omp parallel num_threads(team)
+        {
+            const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+            if (part == 0)
+                mix_part(job, part, parts, job->dense, job->dense_row, job->dense_head);
+            else
+                mix_part(job, part, parts, others + (part - 1) * size, job->heads * job->width,
+                         job->width);
+        }
+        const float *from = others;
+        for (int part = 1; part < team; part++)
+            for (int64_t row = 0; row < job->rows; row++)
+                for (int64_t head = 0; head < job->heads; head++, from += job->width)
+                    for (int64_t i = 0; i < job->width; i++)
+                        job->dense[row * job->dense_row + head * job->dense_head + i] += from[i];
+        free(others);
+        return 1;
+    }
+#endif
+    mix_part(job, 0, 1, job->dense, job->dense_row, job->dense_head);
+    return 1;
+}
+
+/* The sources it was compiled from. */
+const char *kvhive_sources(void) { return SOURCES; }
