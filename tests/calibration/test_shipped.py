@@ -12,14 +12,16 @@ from kvhive.allocations import ALLOCATIONS
 from kvhive.allocations.baklava import Baklava
 from kvhive.calibration import Profile, shipped
 from kvhive.calibration.shipped import shipped as made_by
+from kvhive.stores import STORES
 
 FOLDER = Path(shipped.__file__).parent / "profiles"
 FILES = sorted(FOLDER.iterdir())
 
 
-def test_both_methods_have_one() -> None:
+def test_every_method_has_one() -> None:
     assert [path.name for path in FILES] == [
         "baklava-smollm2.safetensors",
+        "kvsharer-smollm2.safetensors",
         "zigzag-smollm2.safetensors",
     ]
 
@@ -31,7 +33,7 @@ def test_it_suits_its_method(path: Path) -> None:
     method = path.name.partition("-")[0]
     assert profile.method == method
     assert [one.fingerprint for one in made_by(method)] == [profile.fingerprint]
-    ALLOCATIONS[method]().check_profile(profile, 30, 3)
+    {**ALLOCATIONS, **STORES}[method]().check_profile(profile, 30, 3)
     assert path.stat().st_size < 64 * 1024
     assert profile.data
 

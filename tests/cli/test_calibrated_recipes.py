@@ -89,3 +89,28 @@ def test_profiles_that_cannot_be_used(run, document, made, tmp_path, command):
     Profile(told.method, "0" * 64, told.data, told.date, told.tensors).save(tmp_path / "other")
     other = f"h2o@90/baklava(profile='{tmp_path / 'other'}')"
     refused(run(command, document, "-r", other), "a model with other weights")
+
+
+def test_a_store_reads_a_profile_too(run, plain, document, tmp_path):
+    """Searched, shown and used: half of the tiny model's layers hold nothing."""
+    path, texts = tmp_path / "map.safetensors", tmp_path / "a.txt"
+    texts.write_text(text(150), encoding="utf-8")
+    method = "kvsharer(layers=1, pieces=2, threshold=-1.0)"
+    made = run("calibrate", "--for", method, "--data", texts, "-o", path)
+    assert made.exit_code == 0, made.stderr
+    assert f"use it: -r \"full+kvsharer(profile='{path}')\"" in made.stdout
+    shown = json.loads(plain("profile", path, "--json").stdout)
+    assert shown["tables"][0]["layers"] == [[0.0], [0.0]]
+    assert "the search found 1 of 1" in shown["tables"][0]["meaning"]
+    recipe = f"h2o@90+kvsharer(layers=1, profile='{path}')"
+    words = ["compare", document, "-r", recipe, "-r", "h2o@90", "--max-new-tokens", "3", "--json"]
+    ours, whole = json.loads(run(*words).stdout)[1:3]
+    assert ours["tokens_kept"] == whole["tokens_kept"]
+    assert ours["cache_bytes"] < 0.6 * whole["cache_bytes"]
+    assert run("show", document, "-r", recipe).exit_code == 0
+    fitting = ["show", document, "-r", recipe.replace("@90", ""), "--fit", "60KiB", "--json"]
+    fitted = run(*fitting)
+    assert fitted.exit_code == 0, fitted.stderr
+    assert json.loads(fitted.stdout)["cache_bytes"] <= 60 * 1024
+    many = f"full+kvsharer(layers=2, profile='{path}')"
+    refused(run("show", document, "-r", many), "layers must be at most 1")

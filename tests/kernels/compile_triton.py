@@ -25,8 +25,8 @@ from kvhive.kernels import (
     triton_programs,
     triton_ragged,
 )
-from tests.kernels import packed_cases, ragged_cases
-from tests.kernels.packed_cases import EXACT, Part
+from tests.kernels import packed_segment_cases, ragged_cases
+from tests.kernels.packed_segment_cases import EXACT, Part
 
 POINTERS = {
     torch.float16: "*fp16",
@@ -126,7 +126,7 @@ def packed(shared: list[int], capability: int, settings: dict[str, Any]) -> None
     """The programs for rows in several forms."""
     programs = launches(triton_packed_programs, capability, shared)
     triton_packed._programs = lambda: programs
-    one = packed_cases.case(needs=Needs(columns="square", last_rows=2), **settings)
+    one = packed_segment_cases.case(needs=Needs(columns="square", last_rows=2), **settings)
     _, lse = triton_packed.attend(one.query, one.segments, one.scale)
     triton_packed.report(one.query, one.segments, lse, one.scale, one.needs, one.length)
 

@@ -7,7 +7,7 @@ KV head, reads two made-up prompts, and its bytes are what they are for any batc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,6 +22,7 @@ from kvhive.cache.limits import UNLIMITED, Limits
 from kvhive.cache.positions import bytes_held_twice
 from kvhive.cache.profiles import profile_by_shape
 from kvhive.cache.progress import Progress
+from kvhive.cache.sharing import closing, holders
 from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
 from kvhive.model.outline import Outline, Shape
@@ -73,10 +74,10 @@ class Footprint:
     """Bytes of a whole cache, at most, as long as nothing is frozen and no drafts wait.
 
     between_steps: at any moment between two steps. while_reading: at any moment of reading a
-    prompt: a layer (with a policy that decides for all layers at once: every layer) then holds the
-    step's tokens beside what it will keep; what the model itself works with is not in it. None
-    where that depends on the number of tokens, which is not known. stock: of the layers that are
-    not compressed, in both.
+    prompt: a layer (with a policy that decides for all layers at once: every layer; where layers
+    share: those that others still attend to) then holds the step's tokens beside what it will keep;
+    what the model itself works with is not in it. None where that depends on the number of tokens,
+    which is not known. stock: of the layers that are not compressed, in both.
     """
 
     between_steps: int
@@ -98,14 +99,18 @@ def footprint(
     share = recipe.budget is not None and recipe.budget.share is not None
     if work.tokens is None and share:
         raise _unknown(f"{recipe} keeps a share of them")
-    shapes = [outline.shapes[index] for index in outline.full_layers]
-    tokens = None if recipe.budget is None else recipe.budget.tokens
-    policies = [recipe.policy.for_layer(place, len(shapes), tokens) for place in range(len(shapes))]
     profile = profile or profile_by_shape(recipe, outline)
+    count = len(outline.full_layers)
+    sources = recipe.store.sources(count, profile)
+    places = holders(sources)
+    indices = [outline.full_layers[place] for place in places]
+    shapes = [outline.shapes[index] for index in indices]
+    tokens = None if recipe.budget is None else recipe.budget.tokens
+    policies = [recipe.policy.for_layer(place, count, tokens) for place in places]
     limits = Limits(policies, recipe.budget, recipe.allocation, recipe.slack, profile)
     limits.follow(Step.plain(0, work.tokens or 2), [work.tokens or 0], shapes[0].kv_heads)
     held, brought = [], []
-    for place, (index, shape) in enumerate(zip(outline.full_layers, shapes, strict=True)):
+    for place, (index, shape) in enumerate(zip(indices, shapes, strict=True)):
         turning = _counts_in_cache(recipe, outline) and index in outline.turned
         layer = _Layer(Eviction(policies[place], limits, place), recipe.store, shape, turning)
         held.append(layer.bytes(layer.room(work), work))
@@ -113,8 +118,16 @@ def footprint(
     stock = sum(_stock_bytes(outline, index, work) for index in outline.stock_layers())
     steady = stock + sum(held) + _bytes_of_limits(limits, work)
     together = Eviction(policies[0], limits, 0).together
-    return Footprint(
-        steady, steady + (sum if together else max)(brought) if all(brought) else None, stock
+    peak = sum(brought) if together else _at_once(sources, brought)
+    return Footprint(steady, steady + peak if all(brought) else None, stock)
+
+
+def _at_once(sources: Sequence[int], brought: Sequence[int]) -> int:
+    """The most of `brought`, one number for each layer that holds tokens, while steps are open."""
+    steps = list(zip(closing(sources).items(), brought, strict=True))
+    return max(
+        sum(most for (first, end), most in steps if first <= place <= end)
+        for place in range(len(sources))
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from kvhive.cache.layer import HiveLayer
 from kvhive.cache.limits import Limits
 from kvhive.cache.profiles import profile_for
 from kvhive.cache.progress import Progress
+from kvhive.cache.projections import skipping
 from kvhive.cache.report import Report, summary
 from kvhive.cache.room import HEADROOM
+from kvhive.cache.sharing import SharedLayer, all_layers, holders
 from kvhive.calibration import Profile
 from kvhive.memory import storage_bytes
 from kvhive.model.facts import ModelFacts
@@ -51,14 +54,19 @@ class HiveCache(Cache):
         self._warned = False  # of a prompt that came without its second pass
         self.positions = facts.positions_for(recipe.policy.position_rule, recipe.positions)
         self.compressed = facts.full_layers
+        sources = recipe.store.sources(len(self.compressed), profile)
+        self.holding = tuple(self.compressed[place] for place in holders(sources))
         written = [(facts.rotations or {}).get(index) for index in self.compressed]
         in_cache = self.positions == "cache"
         turns = [rotation if in_cache else None for rotation in written]
-        ours = make_layers(recipe, turns, written, profile)
+        ours = make_layers(recipe, turns, written, profile, sources)
         self.progress = ours[0].progress
+        for own in ours:
+            own.facts = facts
+        if facts.model is not None and (model := facts.model()) is not None:
+            self._skipping = skipping(model, set(self.compressed) - set(self.holding))
         layers = facts.stock_layers()
-        for index, layer in zip(self.compressed, ours, strict=True):
-            layer.facts = facts
+        for index, layer in zip(self.compressed, all_layers(ours, sources), strict=True):
             layers[index] = layer
         super().__init__(layers=layers)
 
@@ -215,20 +223,20 @@ class HiveCache(Cache):
         return summary(vars(self).get("recipe", "not set up"), self.report)
 
     def hive_layers(self) -> list[HiveLayer]:
-        """The compressed layers, in order."""
-        layers = (self.layers[index] for index in self.compressed)
+        """The compressed layers that hold tokens, in order."""
+        layers = (self.layers[index] for index in self.holding)
         return [layer for layer in layers if isinstance(layer, HiveLayer)]
 
     def report(self) -> Report:
         """Tokens seen and kept, bytes held and what the full cache would hold."""
         used = [layer for layer in self.hive_layers() if layer.slots.length]
         full = self._stock_bytes()
-        for layer in used:
+        for layer in self._compressed_layers() if used else ():
             full += layer.full_nbytes
         return Report(
             recipe=str(self.recipe),
             positions=self.positions,
-            layers=tuple(self.compressed),
+            layers=self.holding,
             seen=self.progress.row_seen(used[0].slots.batch)
             if used
             else torch.zeros(0, dtype=torch.int64),
@@ -246,10 +254,14 @@ class HiveCache(Cache):
         return self._stock_bytes() + ours + (self.progress.nbytes if ours else 0)
 
     def positions_kept(self) -> list[Tensor]:
-        """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, -1 for empty
-        slots.
+        """For each compressed layer, int32 `[b, K, n]`: positions of the tokens held, or of those
+        that another layer holds for it; -1 for empty slots.
         """
-        return [layer.positions for layer in self.hive_layers()]
+        return [layer.positions for layer in self._compressed_layers()]
+
+    def _compressed_layers(self) -> list[HiveLayer | SharedLayer]:
+        layers = (self.layers[index] for index in self.compressed)
+        return [layer for layer in layers if isinstance(layer, HiveLayer | SharedLayer)]
 
     def _stock_layers(self) -> list[Any]:
         return [layer for i, layer in enumerate(self.layers) if i not in self.compressed]
@@ -292,21 +304,25 @@ def make_layers(
     turns: list[Rotation | None],
     written: list[Rotation | None] | None = None,
     profile: Profile | None = None,
+    sources: Sequence[int] | None = None,
 ) -> list[HiveLayer]:
-    """The layers that carry a recipe out, one for each of `turns`: how to turn its keys, None where
-    positions are not counted in the cache. written: how the model turned the keys it wrote.
-    profile: for an allocation or a store that reads one.
+    """The layers that carry a recipe out and hold tokens.
+
+    turns: of each compressed layer, how to turn its keys; None where positions are not counted in
+    the cache. written: how the model turned the keys it wrote. profile: for an allocation or a
+    store that reads one. sources: the place of the layer that each attends to; None: its own.
     """
     count, policy = len(turns), recipe.policy
+    places = holders(range(count) if sources is None else sources)
     tokens = None if recipe.budget is None else recipe.budget.tokens
-    policies = [policy.for_layer(place, count, tokens) for place in range(count)]
+    policies = [policy.for_layer(place, count, tokens) for place in places]
     limits = Limits(
         policies, recipe.budget, recipe.allocation, recipe.slack, profile, recipe.store.best
     )
-    progress = Progress(count, limits)
+    progress = Progress(len(places), limits)
     layers: list[HiveLayer] = []
-    for place, own in enumerate(policies):
-        made = written[place] if written else None
-        layer = HiveLayer(own, recipe.store, progress, place, layers, turns[place], made, profile)
-        layers.append(layer)
+    for own, place in zip(policies, places, strict=True):
+        turned, made = turns[place], written[place] if written else None
+        here = recipe.store, progress, len(layers), layers
+        layers.append(HiveLayer(own, *here, turned, made, profile))
     return layers

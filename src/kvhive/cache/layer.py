@@ -38,6 +38,9 @@ class HiveLayer(CacheLayer):
     `place` being this one's among them; layers: all of them, once they are made (those before this
     one are). rotation: given when positions are counted inside the cache. written: how the model
     turned the keys it wrote, where that is known. profile: of the model, for the store.
+
+    lent: whether later layers attend to what this one holds (`cache/sharing.py`), or a step of it
+    ends with theirs; the last of them calls `close`.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class HiveLayer(CacheLayer):
         self.written = written
         self.layers = layers
         self.facts: ModelFacts | None = None  # of the model whose tokens these are
+        self.lent = False
         self._kind, self._profile = kind, profile
         self.reset()
 
@@ -86,6 +90,7 @@ class HiveLayer(CacheLayer):
         self.appended = 0  # tokens added since the last eviction: what `crop` can take back
         self.pending: list[Pending] = []  # steps that `crop` may still take back
         self._waiting: tuple[Tensor, Tensor] | None = None  # handed in, not attended yet
+        self.step: Step | None = None  # attended to, and not closed yet
         self.late = LateVotes()
         self._scale = 1.0
         self._growing = 1  # tokens that the next step may bring, as the last one did
@@ -106,16 +111,11 @@ class HiveLayer(CacheLayer):
         another model or batch, or if the last tokens handed in were never attended to.
         """
         if self._waiting is not None:
-            raise ValueError(
-                "attention did not read the last tokens of this cache: either its model changes "
-                "the keys between cache and attention or uses another attention than 'kvhive' "
-                "(HiveCache.for_model sets it), or the last step failed halfway; make a new cache, "
-                "or call reset()"
-            )
+            raise _unread()
         if not self.slots.length:
             self.lazy_initialization(key_states, value_states)
-        elif self._shape(key_states) != self._held_shape:
-            self._refuse_shape(key_states)
+        else:
+            self.check_shape(key_states)
         # Detached, what is kept holds no graph, nor the tensor that refers to this layer.
         self._waiting = key_states.detach(), value_states.detach()
         return offer(key_states, self), value_states
@@ -146,6 +146,8 @@ class HiveLayer(CacheLayer):
         mask: bool `[b, tokens]`, False for padding, as `Progress.begin` reads it.
         """
         keys, values = self._taken()
+        if self.step is not None:
+            raise _unread()
         step = self.progress.begin(self.place, keys, mask)
         if step.order is not None:
             query, keys, values = (in_order(part, step.order) for part in (query, keys, values))
@@ -170,12 +172,31 @@ class HiveLayer(CacheLayer):
             self.late.add(query, seen.scale)
             if len(self.late) >= self._patience:
                 self._hear()
-            self._fit(step)
         else:
-            self._conclude(step, seen)
-        self._pack_after_step()
+            self._notice(seen)
         self.progress.finish()
+        self.step = step
+        if not self.lent:
+            self.close()
         return out if step.order is None else in_order(out, step.order.argsort(1))
+
+    def lend(self, query: Tensor, scale: float) -> Tensor:
+        """Attention of a later layer's queries, `[b, H, q, d]` -> `[b, H, q, e]`, to what is held
+        here with the tokens of the step. The policy hears nothing of it.
+        """
+        step = self.step
+        assert step is not None
+        if step.order is not None:
+            query = in_order(query, step.order)
+        out, _ = self.store.attend(query, self._ask(step, scale, NOTHING))
+        return out if step.order is None else in_order(out, step.order.argsort(1))
+
+    def close(self) -> None:
+        """The step is over: all who attend to what is held have done so, and something may go."""
+        step, self.step = self.step, None
+        if step is not None and not self.progress.waits:
+            self._fit(step)
+        self._pack_after_step()
 
     @plain
     def replay(
@@ -235,11 +256,14 @@ class HiveLayer(CacheLayer):
 
     def _conclude(self, step: Step, seen: Observed) -> None:
         """Let the policy take notice, and evict."""
+        self._notice(seen)
+        self._fit(step)
+
+    def _notice(self, seen: Observed) -> None:
         self._scale = seen.scale
         if seen.queries is not None:
             seen = replace(seen, rotation=self.written)
         self.policy.observe(self.slots, seen)
-        self._fit(step)
 
     def _fit(self, step: Step) -> None:
         """Evict, where a step has brought too much."""
@@ -419,9 +443,19 @@ class HiveLayer(CacheLayer):
     def _shape(keys: Tensor) -> tuple[int, ...]:
         return keys.shape[0], keys.shape[1], keys.shape[3]
 
-    def _refuse_shape(self, keys: Tensor) -> None:
-        raise ValueError(
-            f"this cache holds (batch, KV heads, key width) = {self._held_shape} but was given "
-            f"{self._shape(keys)}; a cache belongs to one model and one batch: make a new one, or "
-            "call reset()"
-        )
+    def check_shape(self, keys: Tensor) -> None:
+        """Raises `ValueError` unless new keys `[b, K, q, d]` have the sizes of those held."""
+        if self._shape(keys) != self._held_shape:
+            raise ValueError(
+                f"this cache holds (batch, KV heads, key width) = {self._held_shape} but was given "
+                f"{self._shape(keys)}; a cache belongs to one model and one batch: make a new one, "
+                "or call reset()"
+            )
+
+
+def _unread() -> ValueError:
+    return ValueError(
+        "attention did not read the last tokens of this cache: either its model changes the keys "
+        "between cache and attention or uses another attention than 'kvhive' (HiveCache.for_model "
+        "sets it), or the last step failed halfway; make a new cache, or call reset()"
+    )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+from kvhive.allocations import Allocation
 from kvhive.calibration import Profile
 from kvhive.calibration.shipped import shipped
 from kvhive.model.facts import ModelFacts
 from kvhive.model.outline import Outline
 from kvhive.recipe import Recipe
+from kvhive.stores import StoreKind
 
 
 def profile_for(recipe: Recipe, facts: ModelFacts, given: Profile | None = None) -> Profile | None:
     """The profile that the recipe reads with this model; None: it reads none.
 
-    given: goes before the file that a knob of the allocation names, and that before a shipped one.
+    given: goes before the file that a knob names, and that before a shipped one.
     Raises `ValueError` for a profile that is missing, not read, damaged or of another model, and
     `FileNotFoundError` for a file that is not there.
     """
@@ -29,11 +29,11 @@ def profile_for(recipe: Recipe, facts: ModelFacts, given: Profile | None = None)
         profile = next(known, None)
     if profile is None:
         raise _missing(method, "this model")
-    for name in _methods(recipe):
-        profile.check(name, facts.fingerprint)
+    profile.check(method, facts.fingerprint)
     config = facts.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    recipe.allocation.check_profile(profile, len(facts.full_layers), heads)
+    for part in _readers(recipe):
+        part.check_profile(profile, len(facts.full_layers), heads)
     return profile
 
 
@@ -49,7 +49,8 @@ def profile_by_shape(recipe: Recipe, outline: Outline) -> Profile | None:
     heads = outline.shapes[outline.full_layers[0]].kv_heads
     for profile in shipped(method) if named is None else (named,):
         try:
-            recipe.allocation.check_profile(profile, len(outline.full_layers), heads)
+            for part in _readers(recipe):
+                part.check_profile(profile, len(outline.full_layers), heads)
         except ValueError:
             if named is not None:
                 raise
@@ -58,19 +59,19 @@ def profile_by_shape(recipe: Recipe, outline: Outline) -> Profile | None:
     raise _missing(method, "a model of such layers and heads")
 
 
-def _methods(recipe: Recipe) -> Iterator[str]:
-    """The methods whose profile the recipe's parts read."""
-    for part in (recipe.allocation, recipe.store):
-        if part.calibration is not None:
-            yield part.calibration
+def _readers(recipe: Recipe) -> list[Allocation | StoreKind]:
+    """The parts that read a profile, all of them by one method."""
+    parts: tuple[Allocation | StoreKind, ...] = recipe.allocation, recipe.store
+    return [part for part in parts if part.calibration is not None]
 
 
 def _method(recipe: Recipe) -> str | None:
-    return next(_methods(recipe), None)
+    return next((part.calibration for part in _readers(recipe)), None)
 
 
 def _named(recipe: Recipe) -> Profile | None:
-    file = recipe.allocation.profile_file
+    files = (part.profile_file for part in _readers(recipe))
+    file = next((file for file in files if file is not None), None)
     return None if file is None else Profile.load(file)
 
 

@@ -41,6 +41,11 @@ class Progress:
         self._done = self.layers  # layers that have gone through the step
         self.limits.reset()
 
+    @property
+    def waits(self) -> bool:
+        """Whether what the steps bring is not evicted from: it may, or will, be taken back."""
+        return self.recording or self.repeats is not None
+
     # ---- the step -------------------------------------------------------------------------------
 
     def begin(
@@ -61,7 +66,7 @@ class Progress:
                 )
             step = replace(self._next(keys, mask, phase), ends=not self.more)
             self._step, self._done = step, 0
-            if phase is not None or not (self.recording or self.repeats is not None):
+            if phase is not None or not self.waits:
                 self.limits.follow(step, self.lengths(), keys.shape[1])
         if self._step is None or layer != self._done or keys.shape[2] != self._step.fresh:
             raise ValueError(

@@ -108,6 +108,8 @@ def calibrate(
         print(json.dumps(told, ensure_ascii=False, indent=2))
     else:
         _print(told)
+    if remark := parsed.remark(profile):
+        note(remark)
     if data is None:
         note("it was learnt from made-up text; texts like yours, given with --data, suit better")
 
@@ -134,7 +136,10 @@ def facts(profile: Profile) -> dict[str, str]:
 
 def use(profile: Profile, file: str) -> str:
     """A recipe that reads the profile in `file`."""
-    return f"snapkv@0.2/{profile.method}(profile={file!r})"
+    from kvhive.allocations import ALLOCATIONS
+
+    before = "snapkv@0.2/" if profile.method in ALLOCATIONS else "full+"
+    return f"{before}{profile.method}(profile={file!r})"
 
 
 def _place(output: Path, reads: list[str], force: bool) -> Path:

@@ -106,7 +106,9 @@ class _ForcedLayer(Group):
         self.masses: list[list[float]] = []
         self.errors: list[float] = []
         for output, position in zip(outputs, self._before, strict=True):
-            held = columns.gather(-1, position.long().clamp_min(0)) * (position >= 0)
+            # A layer that shares another's tokens finds those of the step there already.
+            before = (position >= 0) & (position < columns.shape[-1] - fresh)
+            held = columns.gather(-1, position.long().clamp_min(0)) * before
             self.masses.append(((held.sum(-1) + new) / total).flatten().tolist())
             self.errors.append(float((output.float() - truth).norm() / truth.norm()))
         return outputs[0]

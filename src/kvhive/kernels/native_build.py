@@ -28,7 +28,7 @@ def digest(folder: Path) -> str:
 
 def compiled(folder: Path) -> Path | None:
     """The library, compiled anew beside its sources; None where no compiler can."""
-    library = folder / LIBRARY
+    library = folder.resolve() / LIBRARY
     fresh = library.with_suffix(f".{os.getpid()}")
     library.unlink(missing_ok=True)
     for compiler in filter(None, COMPILERS):

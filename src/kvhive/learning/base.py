@@ -52,6 +52,11 @@ class Calibration(Spec):
         """What to show of a profile by this method. Raises `ValueError` for a damaged one."""
         return ()
 
+    @classmethod
+    def remark(cls, profile: Profile) -> str:
+        """A sentence for whoever had this profile made; "" where there is nothing to say."""
+        return ""
+
 
 CALIBRATIONS: Registry[Calibration] = Registry("calibration")
 

@@ -43,6 +43,16 @@ def forward(
     return logits
 
 
+@torch.no_grad()
+def last_hidden(model: PreTrainedModel, kv_cache: Cache, ids: Tensor) -> Tensor:
+    """Feed int64 ids `[rows, tokens]`; hidden states after the last norm, `[rows, tokens, d]`."""
+    output: Any = model.base_model(
+        input_ids=ids.to(model.device), past_key_values=kv_cache, use_cache=True
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
 def chunks(length: int, size: int | None = None, from_end: bool = False) -> list[tuple[int, int]]:
     """(start, stop) of the steps that feed `length` tokens, `size` at a time; None: all at once.
 

@@ -107,8 +107,8 @@ class Store(ABC):
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """A layer's place among the compressed layers, how many there are, and the model's profile,
-    where the store asks for one.
+    """A layer's place among the compressed layers that hold tokens, how many there are, and the
+    model's profile, where the store asks for one.
     """
 
     place: int = 0
@@ -126,6 +126,23 @@ class StoreKind(Spec):
 
     calibration: ClassVar[str | None] = None
     rewritable: ClassVar[bool] = True
+
+    @property
+    def profile_file(self) -> str | None:
+        """The file of the profile, where a knob called `profile` names one."""
+        file: str | None = getattr(self, "profile", None)
+        return file
+
+    def check_profile(self, profile: Profile, layers: int, kv_heads: int) -> None:
+        """Raises `ValueError` for a profile without what it reads, or of a model of other sizes:
+        compressed layers, and KV heads in each of them.
+        """
+
+    def sources(self, layers: int, profile: Profile | None) -> Sequence[int]:
+        """For each of so many compressed layers, the place of the one whose tokens it attends to:
+        its own, or that of an earlier one which holds its own. Others get no store.
+        """
+        return range(layers)
 
     @property
     def best(self) -> float | None:
