@@ -26,6 +26,7 @@ class Store(ABC):
 
     length: int
     knows_empty: ClassVar[bool] = False  # whether attention needs `Ask.valid` for padding alone
+    packs: ClassVar[bool] = False  # whether `pack` may change what is held
 
     @property
     @abstractmethod
