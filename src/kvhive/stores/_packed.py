@@ -66,6 +66,8 @@ class PackedStore(Store):
     at a time. What is dropped leaves the codes of the rest as they are.
     """
 
+    packs = True
+
     def __init__(self, kind: PackedKind) -> None:
         self._kind = kind
         self.length = self.batch = self.heads = 0

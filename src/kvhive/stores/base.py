@@ -25,6 +25,7 @@ class Store(ABC):
     """
 
     length: int
+    packs: ClassVar[bool] = False  # whether `pack` may change what is held
 
     @property
     @abstractmethod
