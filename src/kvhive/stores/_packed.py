@@ -79,7 +79,7 @@ class PackedStore(Store):
     # ---- what every store does ------------------------------------------------------------------
 
     @property
-    def knows_empty(self) -> bool:  # type: ignore[override]
+    def knows_empty(self) -> bool:
         """Whether rows hold tokens alone, so that attention need not be told of empty slots."""
         return not self._whole
 
