@@ -157,6 +157,11 @@ class StoreKind(Spec):
         """
         return None
 
+    @property
+    def fullest(self) -> StoreKind:
+        """The settings whose bytes are never fewer, by which a cache's size is reckoned."""
+        return self
+
     def check_heads(self, width: int) -> None:
         """Raises `ValueError` for heads of so many numbers, where it cannot hold them."""
 
