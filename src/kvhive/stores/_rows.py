@@ -21,14 +21,6 @@ class Coding(Form):
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
         """Tokens `[N, width]` of all rows one after another; lengths: int64 `[R]` on the CPU."""
 
-    def turned(self, numbers: Tensor) -> Tensor:
-        """Float32 `[..., width]` as tokens are before they are rounded."""
-        return numbers
-
-    def turned_back(self, numbers: Tensor) -> Tensor:
-        """The reverse of `turned`."""
-        return numbers
-
     def part(self, tokens: Tensor, lengths: Tensor) -> Coded:
         """See the base."""
         return Coded(self, self.packed(tokens, lengths))
@@ -45,6 +37,11 @@ class Coded(Part):
     def lengths(self) -> Tensor:
         """See the base."""
         return self.rows.lengths
+
+    @property
+    def packed_rows(self) -> PackedRows:
+        """See the base."""
+        return self.rows
 
     def row(self, row: int, first: int, last: int) -> Tensor:
         """See the base."""
@@ -94,17 +91,17 @@ class Coded(Part):
 class PerToken(Coding):
     """Each token by itself, its numbers in groups of `group` that follow each other.
 
-    bits: of a number. group: divides the width. spread: whether tokens are multiplied by the
+    bits: of a number. group: divides the width. spreads: whether tokens are multiplied by the
     Hadamard matrix first.
     """
 
     bits: int
     group: int
-    spread: bool = False
+    spreads: bool = False
 
     def turned(self, numbers: Tensor) -> Tensor:
         """See the base."""
-        return numbers @ hadamard(numbers.shape[-1]).to(numbers) if self.spread else numbers
+        return numbers @ hadamard(numbers.shape[-1]).to(numbers) if self.spreads else numbers
 
     def turned_back(self, numbers: Tensor) -> Tensor:
         """See the base; the matrix is its own inverse."""
