@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,23 @@ class Largest(TorchDispatchMode):
                 self.elements = max(self.elements, made.numel())
                 self.nbytes = max(self.nbytes, made.untyped_storage().nbytes())
         return result
+
+
+def tensors(thing: object, known: set[int]) -> Iterator[Tensor]:
+    """Every tensor that can be reached from an object of ours, by its attributes and containers."""
+    if id(thing) in known or isinstance(thing, type):
+        return
+    known.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from tensors(value, known)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from tensors(value, known)
+    elif type(thing).__module__.startswith("kvhive.") and hasattr(thing, "__dict__"):
+        yield from tensors(vars(thing), known)
 
 
 def shown_policy() -> str:

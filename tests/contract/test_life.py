@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from transformers import PreTrainedModel
 from kvhive.cache.hive_cache import HiveCache
 from kvhive.cache.room import HEADROOM
 from tests.contract.recipes import LARGE_SHARES, SELECTIVE, SHARES, SMALL, fullest
-from tests.support import Feeder, kept_sets, random_ids, read
+from tests.support import Feeder, kept_sets, random_ids, read, tensors
 
 PROMPT = 150
 
@@ -95,23 +93,6 @@ def test_room_can_be_made_ahead(recipe: str) -> None:
     feeder.step(40)
     feeder.step(1)
     feeder.check()
-
-
-def tensors(thing: object, known: set[int]) -> Iterator[Tensor]:
-    """Every tensor that can be reached from an object of ours, by its attributes and containers."""
-    if id(thing) in known or isinstance(thing, type):
-        return
-    known.add(id(thing))
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        for value in thing.values():
-            yield from tensors(value, known)
-    elif isinstance(thing, list | tuple):
-        for value in thing:
-            yield from tensors(value, known)
-    elif type(thing).__module__.startswith("kvhive.") and hasattr(thing, "__dict__"):
-        yield from tensors(vars(thing), known)
 
 
 @pytest.mark.parametrize("recipe", [*SMALL, *SHARES])

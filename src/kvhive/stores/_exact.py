@@ -80,8 +80,14 @@ class Exact:
         if self.room > self.used:
             self._tokens = self.tokens.clone()
 
+    def holds_newest(self, count: int) -> bool:
+        """Whether the newest `count` tokens of every row are in the tail."""
+        if count > self.tail:
+            return False
+        return self.missing is None or not bool(self.missing[:, self.used - count :].any())
+
     def drop_newest(self, count: int) -> None:
-        """Forget the newest columns; there must be as many in the tail."""
+        """Forget the newest columns; every row must have as many in the tail."""
         self.used -= count
         if self.missing is not None:
             self.missing = self.missing[:, : self.used]
@@ -102,6 +108,7 @@ class Exact:
         self._tokens = self._tokens.index_select(0, which)
         if self.missing is not None:
             self.missing = self.missing.index_select(0, which)
+            self.keep(~self.missing)  # columns that only rows had that are gone go too
 
     @property
     def nbytes(self) -> int:

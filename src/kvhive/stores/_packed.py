@@ -105,6 +105,7 @@ class PackedStore(Store):
         """Add q tokens, exactly; room beyond a few tokens is not made."""
         self.batch, self.heads, fresh, _ = keys.shape
         if not self.length:
+            self._whole, self._level, self._tiers = True, True, None
             self._dtype = keys.dtype
             self.packing = packing = self._packing(keys.shape[3], values.shape[3])
             self._keys = Side(Exact(_plain(keys)), packing.keys)
@@ -148,11 +149,7 @@ class PackedStore(Store):
         if self._whole:
             self._arrange(plan.keep.flatten(0, 1), plan.best)
         else:
-            marked = plan.keep.flatten(0, 1)
-            tiers, columns = self._tiers_kept(marked), self._marked(marked)
-            for side in self._sides:
-                side.keep(columns)
-            self._tiers = tiers
+            self._keep(plan.keep.flatten(0, 1))
         self.length = plan.longest
         self._look()
         return self
@@ -198,11 +195,12 @@ class PackedStore(Store):
     def truncate(self, length: int) -> None:
         """Forget the newest slots beyond `length`."""
         count = self.length - length
-        for side in self._sides:
-            side.truncate(count)
-        if self._tiers is not None:
-            packed = int(self._packed_counts().max())
-            self._tiers = self._tiers[:, :packed]
+        if all(side.exact.holds_newest(count) for side in self._sides):
+            for side in self._sides:
+                side.exact.drop_newest(count)
+        else:
+            stays = torch.arange(self.length, device=self._keys.exact.tokens.device) < length
+            self._keep(stays.expand(self.batch * self.heads, -1))
         self.length = length
         self._look()
 
@@ -490,6 +488,13 @@ class PackedStore(Store):
             wide = dense.new_zeros(len(dense), nowhere + 1, dense.shape[2])
             dense = wide.scatter_(1, place, dense)[:, :nowhere]
         side.put_in(self._marked(marked), dense)
+
+    def _keep(self, slots: Tensor) -> None:
+        """Keep the slots marked in bool `[R, length]`, packed as they are."""
+        tiers, columns = self._tiers_kept(slots), self._marked(slots)
+        for side in self._sides:
+            side.keep(columns)
+        self._tiers = tiers
 
     def _tiers_kept(self, slots: Tensor) -> Tensor | None:
         """`_tiers` of the slots marked in bool `[R, length]`."""

@@ -58,10 +58,6 @@ class Part(ABC):
         """The tokens marked in bool `[N]`, those of one row after those of another."""
 
     @abstractmethod
-    def shortened(self, lengths: Tensor) -> Part:
-        """Each row without its newest tokens: `lengths` are left (int64 `[R]` on the CPU)."""
-
-    @abstractmethod
     def selected(self, which: Tensor) -> Part:
         """Row i becomes what row `which[i]` was (int64 on the CPU)."""
 

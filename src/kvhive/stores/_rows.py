@@ -73,10 +73,6 @@ class Coded(Part):
         """See the base."""
         return Coded(self.form, kept(self.rows, keep))
 
-    def shortened(self, lengths: Tensor) -> Coded:
-        """See the base."""
-        return Coded(self.form, shortened(self.rows, lengths))
-
     def selected(self, which: Tensor) -> Coded:
         """See the base."""
         return Coded(self.form, selected(self.rows, which))
@@ -213,18 +209,6 @@ def kept(rows: PackedRows, keep: Tensor) -> PackedRows:
     row = torch.arange(len(lengths)).repeat_interleave(rows.runs.counts)[stays]
     left = replace(left, grids=rows.grids[stays.to(rows.grids.device)])
     return _with_runs(left, sizes[stays], row)
-
-
-def shortened(rows: PackedRows, lengths: Tensor) -> PackedRows:
-    """Each row without its newest tokens, so that `lengths` are left (int64 `[R]` on the CPU)."""
-    if rows.runs is None:
-        return replace(rows, lengths=lengths)
-    sizes, ends = _sizes(rows), rows.runs.ends.cpu().long()
-    row = torch.arange(len(lengths)).repeat_interleave(rows.runs.counts)
-    sizes = (sizes - (ends - lengths[row]).clamp_min(0)).clamp_min(0)
-    stays = sizes > 0
-    left = replace(rows, lengths=lengths, grids=rows.grids[stays.to(rows.grids.device)])
-    return _with_runs(left, sizes[stays], row[stays])
 
 
 def selected(rows: PackedRows, which: Tensor) -> PackedRows:

@@ -167,14 +167,6 @@ class Side:
         held, column = number < part.lengths[:, None], number + place[:, None]
         return held.to(device), column.clamp_max(max(self.width - 1, 0)).to(device)
 
-    def truncate(self, count: int) -> None:
-        """Forget the newest `count` tokens of every row; those of the first part at the end."""
-        beyond = max(0, count - self.exact.tail)
-        self.exact.drop_newest(count - beyond)
-        if beyond:
-            self.parts[0] = self.parts[0].shortened(self.parts[0].lengths - beyond)
-        self._lay_out()
-
     def keep(self, marked: Tensor) -> None:
         """Keep the tokens in the columns marked, bool `[R, width]`, False where there is none."""
         exact = self.exact

@@ -58,10 +58,6 @@ class Thin(Part):
         """See the base."""
         return Thin(self.held.kept(keep), *self._own)
 
-    def shortened(self, lengths: Tensor) -> Thin:
-        """See the base."""
-        return Thin(self.held.shortened(lengths), *self._own)
-
     def selected(self, which: Tensor) -> Thin:
         """See the base."""
         channels = self.channels[which.to(self.channels.device)]

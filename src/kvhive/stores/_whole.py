@@ -88,10 +88,6 @@ class Whole(Part):
         slots = slots_of(self.starts, self.held)[keep.cpu()]
         return self._taken(slots, marked_of(keep, self.held))
 
-    def shortened(self, lengths: Tensor) -> Whole:
-        """See the base."""
-        return Whole(self.numbers, self.starts, lengths)
-
     def selected(self, which: Tensor) -> Whole:
         """See the base."""
         held = self.held[which]
