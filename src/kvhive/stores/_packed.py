@@ -445,7 +445,9 @@ class PackedStore(Store):
         most -= min(packing.sinks, most)
         place = (keep.cumsum(1) - 1)[keep]  # of a token among those of its row
         row = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)[keep]
-        tier = None if best is None else (~best.flatten(0, 1)[keep]).long()
+        tier: Tensor | None = None
+        if best is not None and len(packing.keys) > 1:
+            tier = (~best.flatten(0, 1)[keep]).long()
         sides = []
         for side, due in ((self._keys, packing.keys_due), (self._values, packing.values_due)):
             exact = most - due(most) if packing.residual is None else packing.residual
