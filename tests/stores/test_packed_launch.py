@@ -50,7 +50,9 @@ def test_one_launch_serves_all_parts(
     out, seen = store.attend(query, ask)
     assert torch.allclose(out, expected, atol=1e-5)
     if needs.attention:
-        assert seen.columns is not None and reported.columns is not None
-        assert seen.rows is not None and reported.rows is not None
+        assert seen.columns is not None
+        assert reported.columns is not None
+        assert seen.rows is not None
+        assert reported.rows is not None
         assert torch.allclose(seen.columns, reported.columns, atol=1e-5)
         assert torch.allclose(seen.rows.all(), reported.rows.all(), atol=1e-5)
