@@ -19,6 +19,7 @@ from kvhive.recipe import Recipe
 from kvhive.step import Step
 from kvhive.stores import LayerFacts
 from kvhive.stores._energy import Latest, best_channels, key_energy
+from kvhive.stores._segments import served
 from kvhive.stores._thin import Thin
 from kvhive.stores._whole import Whole
 from kvhive.stores.dense import DenseStore
@@ -216,6 +217,14 @@ def test_a_short_prompt_is_left_whole_until_a_longer_one_comes() -> None:
     assert not one.layer.store._keys.parts
     one.step(10)
     assert thin_of(one.layer.store).lengths.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("prompt", [60, 130])
+def test_kernels_of_few_bits_leave_it_alone(prompt: int) -> None:
+    """Evicted from and not thinned yet, and thinned."""
+    one = Feeder("tova@48+think(recent=50)" if prompt == 60 else "tova@48+think(recent=9)")
+    one.step(prompt)
+    assert not served(*one.layer.store._sides, reports=False)
 
 
 def test_later_prompts_stay_whole_under_the_same_channels() -> None:

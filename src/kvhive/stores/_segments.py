@@ -13,6 +13,8 @@ def served(keys: Side, values: Side, reports: bool) -> bool:
     """Whether both sides can be cut so: every part in bits, and where a report is wanted, one part
     alone, whose tokens lie in the order of the slots.
     """
+    if not (keys.forms and values.forms):
+        return False
     parts = [*keys.parts, *values.parts]
     alike = len({form.spreads for side in (keys, values) for form in side.forms}) == 1
     few = not reports or (len(keys.parts) == 1 and len(values.parts) == 1)
