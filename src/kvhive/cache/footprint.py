@@ -34,6 +34,7 @@ from kvhive.step import Step
 from kvhive.stores import StoreKind
 
 _PROMPTS = (512, 1024)  # what a layer is measured with
+_DECODED = 96  # after so many tokens a store has packed some of them, and made room anew
 PADDED = 8  # at most 1 / PADDED of what uneven heads take is empty: `Plan.uneven`, blocks, slots
 _ROW = 64  # bytes that say where one of them lies
 _WIDER = torch.int32.itemsize - torch.int16.itemsize  # of a position, once they are large
@@ -201,16 +202,20 @@ def _counts_in_cache(recipe: Recipe, outline: Outline) -> bool:
 def _measured(policy: Policy, kind: StoreKind, shape: Shape, turning: bool) -> tuple[int, int]:
     """Bytes of a slot, and of all that is there whatever the number of slots, of one KV head."""
     few, many = _PROMPTS
-    less, more = (_bytes_of_prompt(policy, kind, shape, turning, n) for n in _PROMPTS)
-    slot = -(-(more - less) // (many - few))
-    return slot, max(less - few * slot, more - many * slot)
+    less, more = (_bytes_held(policy, kind, shape, turning, n) for n in _PROMPTS)
+    slot = -(-(more[0] - less[0]) // (many - few))
+    rest = [more[0] - many * slot, *(held - (few + i) * slot for i, held in enumerate(less))]
+    holes = len(less[1:]) // 2  # exact tokens whose neighbours in other heads were evicted
+    return slot, max(rest) + holes * slot
 
 
 @torch.no_grad()
-def _bytes_of_prompt(
+def _bytes_held(
     policy: Policy, kind: StoreKind, shape: Shape, turning: bool, tokens: int
-) -> int:
-    """Bytes of a layer with one KV head that has read so many tokens and evicts nothing."""
+) -> list[int]:
+    """Bytes of a layer with one KV head that has read so many tokens and evicts nothing; of a store
+    that packs, also after each of _DECODED tokens more, of which some are exact for a while.
+    """
     progress = Progress(1, Limits([policy], None, Uniform(), None))
     progress.frozen = 1
     layers: list[HiveLayer] = []
@@ -223,10 +228,15 @@ def _bytes_of_prompt(
             (shape.heads // shape.kv_heads, shape.key_width),
         )
     )
-    layers[0].update(keys, values)
-    layers[0].attend(queries, 1.0)
-    _ = layers[0].slots.position  # written down
-    return layers[0].nbytes
+    held = []
+    for count in (tokens, *[1] * _DECODED):
+        layers[0].update(keys[:, :, :count], values[:, :, :count])
+        layers[0].attend(queries[:, :, :count], 1.0)
+        _ = layers[0].slots.position  # written down
+        held.append(layers[0].nbytes)
+        if not layers[0].store.packs:
+            break
+    return held
 
 
 def _bytes_of_limits(limits: Limits, work: Workload) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvhive.memory import widen
 
-WASTED = 64  # columns of room that may stay behind unused
+WASTED = 48  # columns of room that may stay behind unused
 
 
 class Exact:
@@ -66,7 +66,7 @@ class Exact:
         left = self._tokens[:, self.sinks + count : self.used].clone()
         first = self._tokens[:, : self.sinks]
         self.used -= count
-        if self.room > 2 * self.used + WASTED:
+        if self.room > self.used + WASTED:
             self._tokens = torch.cat([first, left], 1)
         else:
             self._tokens[:, self.sinks : self.used] = left
