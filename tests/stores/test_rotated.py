@@ -104,7 +104,10 @@ def test_rounding_once_is_all_that_is_lost() -> None:
         store.append(keys, values, 300)
         store.pack()
         lost.append(
-            [float((a - b).norm() / b.norm()) for a, b in zip(store.view(), (keys, values), strict=True)]
+            [
+                float((a - b).norm() / b.norm())
+                for a, b in zip(store.view(), (keys, values), strict=True)
+            ]
         )
     steps = torch.tensor([[255.0, 15.0, 7.0, 3.0]]).T * torch.tensor(lost)
     assert bool((steps > 0.6).all())
