@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvhive.cache.hive_cache import HiveCache, make_layers
 from kvhive.cache.layer import HiveLayer
 from kvhive.cache.speculation import crop
+from kvhive.calibration import Profile
 from kvhive.recipe import Recipe
 from kvhive.rope import Rotation
 
@@ -154,9 +155,10 @@ class Feeder:
         tapes: Sequence[int] = (0,),
         dtype: torch.dtype = torch.float32,
         rotation: Rotation | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.recipe = Recipe.parse(recipe)
-        self.layer = make_layer(self.recipe, rotation)
+        self.layer = make_layer(self.recipe, rotation, profile)
         drawn = [self._draw(tape) for tape in tapes]
         self.keys, self.values, self.queries = (
             torch.stack(part).to(dtype) for part in zip(*drawn, strict=True)
@@ -222,9 +224,11 @@ class Feeder:
         assert bool((same | ~valid).all()), "a slot does not hold its own value"
 
 
-def make_layer(recipe: Recipe | str, rotation: Rotation | None = None) -> HiveLayer:
+def make_layer(
+    recipe: Recipe | str, rotation: Rotation | None = None, profile: Profile | None = None
+) -> HiveLayer:
     """The layer a one-layer model would get for `recipe`."""
-    return make_layers(Recipe.parse(recipe), [rotation])[0]
+    return make_layers(Recipe.parse(recipe), [rotation], profile=profile)[0]
 
 
 class Largest(TorchDispatchMode):

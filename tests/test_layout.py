@@ -14,7 +14,7 @@ import kvhive
 ROOT = Path(kvhive.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 TIERS = (  # from the ground up: a place knows places of lower tiers and its own alone
-    {"registry", "kinds", "plan", "step", "rope", "memory", "files", "units", "wrapping"},
+    {"registry", "kinds", "named", "plan", "step", "rope", "memory", "files", "units", "wrapping"},
     {"templates"},
     {"slots", "spec", "calibration", "plugins"},
     {"kernels", "budget"},

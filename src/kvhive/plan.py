@@ -23,6 +23,7 @@ class Plan:
     (their plain mean, summed in float32), -1 for none; None: nothing is folded.
     best: bool `[b, K, n]`, of those the ones that a store of several tiers holds best; None: nobody
     asked.
+    dropped: bool `[b, K, n]`, which of the slots held a token that goes; None: none did.
     columns `[b, K, n, ...]`, counters `[b, K]`: what the policy knows of the slots held now, where
     the eviction changes that.
     """
@@ -36,6 +37,7 @@ class Plan:
     best: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counters: Mapping[str, Tensor] = field(default_factory=dict)
+    dropped: Tensor | None = None
     _rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -46,6 +48,7 @@ class Plan:
         columns: Mapping[str, Tensor] | None = None,
         counters: Mapping[str, Tensor] | None = None,
         best: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Plan:
         """From bool `[b, K, n]`. Asks the device for the counts, once."""
         count = keep.sum(-1)
@@ -56,7 +59,8 @@ class Plan:
         else:
             order = keep.to(torch.uint8).sort(dim=-1, stable=True).indices
             index = order[..., keep.shape[-1] - longest :]
-        return cls(keep, index, count, tally, longest, into, best, columns or {}, counters or {})
+        known = best, columns or {}, counters or {}
+        return cls(keep, index, count, tally, longest, into, *known, dropped)
 
     @cached_property
     def holes(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from kvhive.allocations import ALLOCATIONS, Allocation
 from kvhive.allocations.uniform import Uniform
 from kvhive.budget import Budget
+from kvhive.named import unnamed
 from kvhive.policies import POLICIES, Policy
 from kvhive.policies.base import Positions
 from kvhive.spec import Call, Knob, build, printed, take
@@ -150,8 +151,8 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
-        """From its string form, `policy(knob=value, ...)@budget/allocation+store`; only the policy
-        must be.
+        """From its string form, `policy(knob=value, ...)@budget/allocation+store`, of which only
+        the policy must be, or from a name that stands for one (`kvhive.named`).
 
         `positions=` and `slack=` are written among the policy's knobs:
         `buzz(stride=5, positions=original)@0.4`. Raises `ValueError` naming what is wrong,
@@ -205,6 +206,7 @@ def _parts(text: str) -> dict[str, Any]:
     """The parts that a recipe's string names, by field."""
     if not isinstance(text, str):
         raise TypeError(f"recipe: expected a string such as 'buzz@0.4', got {text!r}")
+    text = unnamed(text)
     what = f"recipe {text!r}"
     front, rest = take(text, what)
     policy, parts = _policy_and_shared(front)

@@ -117,9 +117,11 @@ def test_scores_are_those_of_transformers(
         new = slow_scores(stock, one.tolist(), two.tolist(), words)
         for place, layer in enumerate(cache.hive_layers()):
             read_first = before[place][row, :, -len(one) :].double()
-            assert torch.allclose(read_first, old[place], atol=1e-6)
+            assert torch.allclose(read_first, old[place], rtol=1e-3, atol=1e-6)
             held = layer.slots["repeated"][row][:, layer.slots.valid[row, 0]].double()
-            assert torch.allclose(held, torch.cat([old[place], new[place]], 1), atol=1e-6)
+            assert torch.allclose(
+                held, torch.cat([old[place], new[place]], 1), rtol=1e-3, atol=1e-6
+            )
 
 
 def test_a_row_without_padding_is_as_in_a_padded_batch(wide: LlamaForCausalLM) -> None:

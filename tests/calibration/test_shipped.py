@@ -12,6 +12,7 @@ from kvhive.allocations import ALLOCATIONS
 from kvhive.allocations.baklava import Baklava
 from kvhive.calibration import Profile, shipped
 from kvhive.calibration.shipped import shipped as made_by
+from kvhive.kernels.low_rank import FeatureMaps
 from kvhive.stores import STORES
 
 FOLDER = Path(shipped.__file__).parent / "profiles"
@@ -22,6 +23,7 @@ def test_every_method_has_one() -> None:
     assert [path.name for path in FILES] == [
         "baklava-smollm2.safetensors",
         "kvsharer-smollm2.safetensors",
+        "less-smollm2.safetensors",
         "zigzag-smollm2.safetensors",
     ]
 
@@ -34,12 +36,18 @@ def test_it_suits_its_method(path: Path) -> None:
     assert profile.method == method
     assert [one.fingerprint for one in made_by(method)] == [profile.fingerprint]
     {**ALLOCATIONS, **STORES}[method]().check_profile(profile, 30, 3)
-    assert path.stat().st_size < 64 * 1024
+    assert path.stat().st_size < (1_600_000 if method == "less" else 64 * 1024)
     assert profile.data
 
 
 def test_all_are_of_the_same_model() -> None:
     assert len({Profile.load(path).fingerprint for path in FILES}) == 1
+
+
+def test_kernels_leave_less_of_the_error_than_eviction_alone() -> None:
+    held = Profile.load(FOLDER / "less-smollm2.safetensors").tensors
+    assert float(held["curve"].amin(1).max()) < 1
+    assert all(held[name].dtype == torch.float16 for name in FeatureMaps.names())
 
 
 def test_importance_hardly_depends_on_the_text() -> None:

@@ -43,16 +43,15 @@ RAGGED = {
     "odd": {"group": 11, "widths": (80, 96), "dtype": torch.float16, "q": 5, "index": torch.int32},
 }
 KIVI = {
-    "key_parts": [(EXACT, [4]), (Part(4), [96]), (EXACT, [30])],
-    "value_parts": [(EXACT, [4]), (Part(2, 32), [94]), (EXACT, [32])],
+    "key_parts": [(Part(4), [96]), (EXACT, [30])],
+    "value_parts": [(Part(2, 32), [94]), (EXACT, [32])],
 }
-TIERS = {"key_parts": [(EXACT, [4]), (Part(4, 16), [40]), (Part(3, 16), [96]), (EXACT, [30])]}
-BYTES = {"key_parts": [(Part(8, 32), [40]), (EXACT, [30])]}
+THREE = {"key_parts": [(Part(3, 16), [96]), (EXACT, [30])]}
+EIGHT = {"key_parts": [(Part(8, 32), [40]), (EXACT, [30])]}
 PACKED = {
     "one query": {**KIVI, "widths": (128, 128), "dtype": torch.bfloat16},
-    "widest": {**KIVI, "group": 2, "widths": (256, 256), "dtype": torch.bfloat16, "q": 16},
-    "heaviest": {**BYTES, "group": 2, "widths": (256, 256), "dtype": torch.float32, "q": 16},
-    "odd": {**TIERS, "group": 11, "widths": (80, 96), "dtype": torch.float16, "q": 5},
+    "widest": {**EIGHT, "group": 2, "widths": (256, 256), "dtype": torch.float32, "q": 16},
+    "odd": {**THREE, "group": 11, "widths": (80, 96), "dtype": torch.float16, "q": 5},
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvhive.kernels import Needs, ragged_reference
 from kvhive.kernels.bits import grid, packed, rounded
-from kvhive.kernels.packed import PackedRows, Runs
+from kvhive.kernels.packed_rows import PackedRows, Runs
 from kvhive.kernels.packed_segments import ExactRows, Form, Segment, cut
 from kvhive.kernels.ragged import Extents
 

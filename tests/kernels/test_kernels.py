@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -124,6 +124,24 @@ def test_same_as_the_reference(case: Case) -> None:
     agree(seen, told, tolerance)
     assert close(seen.keys, told.keys, 0.0)
     agree(report(case.query, case.keys, case.ask), told, tolerance)
+
+
+@given(case=cases())
+@settings(max_examples=100, deadline=None)
+def test_the_log_sum_exp_comes_where_it_is_asked_for(case: Case) -> None:
+    ask = replace(case.ask, lse=True)
+    expected, told = reference.attend(*case.tensors, ask)
+    out, seen = attend(*case.tensors, ask)
+    tolerance = TOLERANCE[out.dtype]
+    assert out.dtype == case.query.dtype
+    assert close(out, expected, tolerance)
+    agree(seen, told, tolerance)
+    assert close(seen.keys, told.keys, 0.0)
+    assert seen.lse is not None
+    assert told.lse is not None
+    assert seen.lse.dtype == torch.float32
+    assert torch.allclose(seen.lse.double(), told.lse, atol=tolerance)
+    assert attend(*case.tensors, case.ask)[1].lse is None
 
 
 @given(case=cases(), cuts=st.lists(st.floats(0, 1), max_size=3))

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvhive.kernels import native, native_build, packed, packed_reference
 from kvhive.kernels.bits import WIDTHS, grid, rounded, unpacked
 from kvhive.kernels.bits import packed as pack
-from tests.kernels.packed_cases import Case, case, cases
+from tests.kernels.packed_cases import GRIDS, Case, case, cases
 
 compiled = pytest.mark.skipif(
     native.library() is None, reason="the C kernels are not compiled here"
@@ -189,3 +189,63 @@ def test_a_library_of_other_sources_is_left_alone(
     with (elsewhere / native_build.SOURCES[0]).open("a") as source:
         source.write("/* changed */")
     assert native.library() is None
+
+
+@st.composite
+def numbers_to_code(draw: st.DrawFn) -> tuple[Tensor, int, int, torch.dtype, Tensor | None]:
+    """What `coded` takes: finite numbers of any size, ties and constant groups among them."""
+    width = 8 * draw(st.sampled_from((1, 3, 8, 10, 12, 16, 32, 33)))
+    sizes = draw(st.lists(st.integers(1, 40), max_size=5))
+    source = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    numbers = torch.randn(sum(sizes), width, generator=source)
+    coarse = draw(st.sampled_from((None, 1, 4)))
+    numbers = numbers if coarse is None else (numbers * coarse).round() / coarse
+    numbers *= draw(st.sampled_from((1.0, 1e-6, 1e-9, 3e4, 1e6)))
+    groups = [size for size in (1, 4, 8, 16, 20, 32, 40, 64, width) if width % size == 0]
+    group = draw(st.one_of(st.none(), st.sampled_from(groups)))
+    ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0) if group is None else None
+    kept = draw(st.sampled_from(GRIDS))
+    held = draw(st.sampled_from((torch.float32, kept)))
+    most = torch.finfo(held).max
+    numbers = numbers.clamp(-most, most).to(held)
+    return numbers, draw(st.sampled_from(WIDTHS)), group or 1, kept, ends
+
+
+@compiled
+@pytest.mark.parametrize("lanes", LANES)
+@given(made=numbers_to_code())
+def test_the_native_codes_are_those_of_torch(
+    lanes: int, made: tuple[Tensor, int, int, torch.dtype, Tensor | None]
+) -> None:
+    """To the last bit, grids included."""
+    assert native.codes(made[0], made[3])
+    with pytest.MonkeyPatch.context() as patch:
+        best = native.lanes()
+        patch.setattr(native, "lanes", lambda: min(lanes, best))
+        codes, grids = native.coded(*made)
+    wanted, theirs = packed_reference.coded(*made)
+    assert torch.equal(codes, wanted)
+    assert grids.dtype == theirs.dtype
+    assert torch.equal(grids, theirs)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", GRIDS)
+def test_native_grids_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    """All magnitudes, subnormal and overflowing ones among them; halves to even."""
+    source = torch.Generator().manual_seed(0)
+    powers = 2.0 ** torch.arange(-40, 40).repeat(50)
+    sizes = torch.randn(4000, generator=source) * powers
+    halves = (torch.randint(0, 2**12, (4000,), generator=source) + 0.5) * 2.0**-10
+    zeros = torch.cat([sizes, halves, halves * 2.0**-24])
+    _, grids = native.coded(zeros[:, None].expand(-1, 8), 8, 8, dtype)
+    assert torch.equal(grids[:, 1, 0], zeros.to(dtype))
+
+
+@compiled
+@pytest.mark.parametrize("ends", [[], [3], [3, 3, 5], [0, 5], [6]])
+def test_runs_that_do_not_fill_the_tokens_are_refused(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"coded: .* runs all 5 tokens"):
+        native.coded(torch.randn(5, 8), 4, 1, torch.float16, torch.tensor(ends).long())
+    with pytest.raises(ValueError, match=r"coded: groups of 5 must fill tokens of 8 numbers"):
+        native.coded(torch.randn(5, 8), 4, 5, torch.float16)

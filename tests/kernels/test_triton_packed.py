@@ -25,7 +25,7 @@ from tests.kernels.packed_segment_cases import EXACT, Case, Part, case
 from tests.kernels.ragged_cases import needs
 from tests.kernels.test_triton_ragged import DEVICE, ROOT, SHARED, TOLD, TOLERANCE, close
 
-pytest.importorskip("triton", reason="Triton cannot be imported: pip install triton")
+pytestmark = pytest.mark.skipif(not triton_packed.available(), reason="needs Triton 3.4 or later")
 
 SIZES = {64: 32, 80: 40, 96: 32, 128: 64}  # head sizes, each with a group that divides it
 EVERYTHING = Needs(columns="square", fold=False, decay=0.8, last_rows=2)

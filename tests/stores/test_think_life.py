@@ -19,7 +19,6 @@ RECIPES = (
     "h2o@48/global+think(recent=9)",
 )
 OF_MODELS = (
-    test_life.test_a_frozen_cache_loses_nothing,
     test_life.test_a_fork_goes_its_own_way,
     test_rows.test_a_row_of_a_padded_batch_is_as_it_is_alone,
     test_speculation.test_prompt_lookup_keeps_to_the_budget,
@@ -45,6 +44,11 @@ def test_contract_of_a_cache(
     contract: Callable[[PreTrainedModel, str], None], model: PreTrainedModel, recipe: str
 ) -> None:
     contract(model, recipe)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "@0." not in recipe])
+def test_freezing(model: PreTrainedModel, recipe: str) -> None:
+    test_life.test_a_frozen_cache_loses_nothing(model, recipe)
 
 
 @pytest.mark.parametrize("contract", OF_LAYERS, ids=lambda one: one.__name__)

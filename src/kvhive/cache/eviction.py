@@ -321,7 +321,8 @@ def _plan(slots: Slots, choice: Choice, over: Tensor | None) -> Plan | None:
             columns[name] = torch.where(wide, column, slots[name])
         for name, counter in counters.items():
             counters[name] = torch.where(over, counter, slots.counters[name])
-    plan = Plan.keeping(keep, into, columns, counters, choice.best)
+    dropped = slots.valid & ~keep
+    plan = Plan.keeping(keep, into, columns, counters, choice.best, dropped)
     if into is None and torch.equal(plan.tally, slots.tally):
         slots.adopt(plan)
         return None

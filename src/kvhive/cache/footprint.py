@@ -179,7 +179,7 @@ class _Layer:
     def bytes(self, slots: int, work: Workload) -> int:
         """Bytes of so many slots of every head, votes that wait and keys held twice included."""
         shape, policy = self.shape, self.eviction.policy
-        slot, rest = _measured(policy, self.kind, shape, self.turning)
+        slot, rest = _measured(policy, self.kind.fullest, shape, self.turning)
         if work.tokens is None or work.tokens > SHORT_MAX:
             slot += _WIDER
         total = shape.kv_heads * (slots * slot + rest + _ROW * self.uneven)

@@ -87,12 +87,12 @@ class HiveCache(Cache):
 
         recipe: a `Recipe` or its string, e.g. "buzz@0.4". profile: what was learnt about this model
         beforehand, for a recipe that reads it; an object or a file; None: the file that a knob of
-        the allocation names, or a profile that comes with kvhive. fits: instead of a budget, the
-        most bytes the whole cache may hold between two steps ("24MiB"), for `batch` rows; the
-        largest budget is taken. tokens: that will be read and written in all; needed where layers
-        or a recipe hold what was read without a bound. turn: tokens that a step after the prompt
-        brings at most; the default allows for turns of any length, 1 is for one prompt and an
-        answer, and leaves the budget larger.
+        its allocation or store names, or a profile that comes with kvhive. fits: instead of a
+        budget, the most bytes the whole cache may hold between two steps ("24MiB"), for `batch`
+        rows; the largest budget is taken. tokens: that will be read and written in all; needed
+        where layers or a recipe hold what was read without a bound. turn: tokens that a step after
+        the prompt brings at most; the default allows for turns of any length, 1 is for one prompt
+        and an answer, and leaves the budget larger.
 
         Raises `ValueError` for a recipe that cannot work, for a model that kvhive does not support,
         naming what is missing, for a profile of another model, and for a size that nothing fits.

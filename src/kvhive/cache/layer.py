@@ -371,12 +371,13 @@ class HiveLayer(CacheLayer):
         """Let the store pack what is due, and hold no empty slots, unless what the step brought may
         still be taken back, or is to be read once more.
         """
-        progress = self.progress
-        if not (progress.recording or progress.reading or self.slots.gaps):
+        if not (self.pending or self.progress.reading):
             if self.store.due:
                 self._hear()  # of keys as they were attended to
-            unknown = self.slots.holes and not self.store.knows_empty
-            self.store.pack(self.slots.valid if unknown else None)
+                self._close_gaps()
+            if not self.slots.gaps:
+                unknown = self.slots.holes and not self.store.knows_empty
+                self.store.pack(self.slots.valid if unknown else None)
         self.slots.pack(self.store.nbytes)
 
     def _close_gaps(self) -> None:
@@ -398,7 +399,8 @@ class HiveLayer(CacheLayer):
     @property
     def is_quiet(self) -> bool:
         """Whether accepting drafted tokens changes nothing but the number of tokens held."""
-        return not self.policy.needs.votes and self.eviction.spares(self.slots)
+        quiet = not self.policy.needs.votes and not self.store.packs
+        return quiet and self.eviction.spares(self.slots)
 
     @plain
     def truncate(self, tokens: int) -> None:

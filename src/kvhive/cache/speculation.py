@@ -25,13 +25,13 @@ def crop(layers: Sequence[HiveLayer], remove: int) -> None:
     recorded = sum(pending.step.fresh for pending in first.pending)
     _check(layers, remove, recorded)
     steps = list(zip(*(layer.pending for layer in layers), strict=True))
+    for layer in layers:
+        layer.pending.clear()
     left = recorded - remove
     if left <= 0 or (steps[0][0].drafted and all(layer.is_quiet for layer in layers)):
         truncate(layers, remove)
     else:
         _conclude(layers, steps, recorded, left)
-    for layer in layers:
-        layer.pending.clear()
 
 
 def _conclude(

@@ -22,7 +22,7 @@ class Profile:
     method: what made it and who may read it, e.g. the name of an allocation. fingerprint: of the
     model's weights (`ModelFacts.fingerprint`); for every other model it is refused. data: the text
     it was learnt from, and how much of it. date: ISO 8601, the day it was made. tensors: by name,
-    as `method` defines them, on the CPU.
+    as `method` defines them, on the CPU, never changed: copies of a cache share them.
     """
 
     method: str
@@ -30,6 +30,9 @@ class Profile:
     data: str
     date: str
     tensors: Mapping[str, Tensor]
+
+    def __deepcopy__(self, memo: object) -> Profile:
+        return self
 
     @classmethod
     def of(cls, given: Profile | str | Path) -> Profile:

@@ -21,6 +21,7 @@ from kvhive.cli import (
     recipes,
     report,
     show,
+    train_less,
 )
 from kvhive.cli.console import REFUSED, Commands, failed
 
@@ -63,6 +64,7 @@ generate.register(app)
 plan.register(app)
 recipes.register(app)
 calibrate.register(app)
+train_less.register(app)
 profile.register(app)
 evaluate.register(app)
 report.register(app)

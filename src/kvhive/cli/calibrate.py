@@ -37,6 +37,20 @@ _LINES = 10  # of progress in a pipe
 _AT_ONCE = 1.0  # seconds
 _MADE_UP = "made-up books"
 
+Written = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FILE", help="The profile: FILE.safetensors."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text, Markdown or PDF like those that will be read. Repeat for more. "
+        "Default: made-up prose.",
+    ),
+]
+Replace = Annotated[bool, typer.Option("--force", help="Replace the profile if there is one.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
@@ -52,21 +66,9 @@ def calibrate(
             help='What will use it, with settings of the learning: zigzag, "zigzag(window=64)".',
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="FILE", help="The profile: FILE.safetensors."),
-    ],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text, Markdown or PDF like those that will be read. Repeat for more. "
-            "Default: made-up prose.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the profile if there is one.")
-    ] = False,
+    output: Written,
+    data: Data = None,
+    force: Replace = False,
     plugin: Plugin = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -136,10 +138,11 @@ def facts(profile: Profile) -> dict[str, str]:
 
 def use(profile: Profile, file: str) -> str:
     """A recipe that reads the profile in `file`."""
-    from kvhive.allocations import ALLOCATIONS
+    from kvhive.stores import STORES
 
-    before = "snapkv@0.2/" if profile.method in ALLOCATIONS else "full+"
-    return f"{before}{profile.method}(profile={file!r})"
+    method = profile.method
+    before = f"{STORES[method].example}+" if method in STORES else "snapkv@0.2/"
+    return f"{before}{method}(profile={file!r})"
 
 
 def _place(output: Path, reads: list[str], force: bool) -> Path:

@@ -6,6 +6,7 @@ import inspect
 
 from kvhive.allocations import ALLOCATIONS
 from kvhive.cli.needs import needs_text
+from kvhive.named import NAMED
 from kvhive.policies import POLICIES, Policy
 from kvhive.spec import Spec
 from kvhive.stores import STORES
@@ -15,7 +16,7 @@ _HEAD = """\
 
 <!-- Written by `make docs` from the registries: change the docstrings, not this page. -->
 
-Every policy and allocation has a card with the exact rule, where paper and released code differ,
+Every method has a card with the exact rule, where paper and released code differ,
 and which we follow. `kvhive recipes NAME` tells what its knobs mean, [choosing.md](choosing.md)
 which to take.
 """
@@ -25,6 +26,8 @@ def methods_page() -> str:
     """The whole page; links are relative to docs/."""
     sections = [
         _HEAD,
+        "## Recipes with a name\n",
+        _named(),
         "## Policies: which tokens survive\n",
         _policies(),
         "## Allocations: how many, for each layer and KV head\n",
@@ -33,6 +36,11 @@ def methods_page() -> str:
         _stores(),
     ]
     return "\n".join(sections)
+
+
+def _named() -> str:
+    rows = [[f"`{name}`", f"`{one.recipe}`", one.promise] for name, one in NAMED.items()]
+    return _table(("name", "stands for", "promise"), rows)
 
 
 def _policies() -> str:
@@ -62,7 +70,7 @@ def _allocations() -> str:
 
 def _stores() -> str:
     rows = [
-        [f"`{name}`", _first_sentence(member), _knobs(member)]
+        [_card(name), _first_sentence(member), _knobs(member)]
         for name, member in sorted(STORES.items())
     ]
     return _table(("store", "does", "knobs (default)"), rows)

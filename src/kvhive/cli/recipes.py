@@ -16,6 +16,7 @@ from rich.text import Text
 
 from kvhive.cli.console import Json, Plugin, Quiet, out
 from kvhive.cli.needs import needs_text
+from kvhive.named import NAMED
 
 _WIDE = 120  # characters: narrower columns of sentences are hard to read
 _EXAMPLES = (
@@ -82,6 +83,10 @@ def recipes(
             console.print(Group(_heading(name, kind), _about(registry[name])))
             console.print(_knob_table(registry[name]))
             return
+    if name in NAMED:
+        console.print(Group(_heading(name, "recipe"), Text(NAMED[name].promise)))
+        console.print(_pairs([(name, NAMED[name].recipe)]))
+        return
     policy = POLICIES[name]
     console.print(Group(_heading(name, "policy"), _about(policy), _facts(policy)))
     console.print(_knob_table(policy))
@@ -114,6 +119,8 @@ def _print_all(
     console.print(Text("policy @ budget / allocation + store", style="bold yellow"))
     console.print("A recipe says which tokens survive, how many, and how they are held:")
     console.print(_pairs(_EXAMPLES))
+    console.print("Some have a name, chosen by measurement:")
+    console.print(_pairs([(name, f"{one.promise}: {one.recipe}") for name, one in NAMED.items()]))
     listed = _policy_table if console.width >= _WIDE else _policy_list
     console.print(listed(policies))
     for kind, registry in parts:

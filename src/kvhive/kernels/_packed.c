@@ -38,6 +38,16 @@ typedef struct {
     const int64_t *run_starts, *run_counts;    /* [R] */
 } Job;
 
+/* The same for numbers that are to be packed: a grid for each token, or for each run of them. */
+typedef struct {
+    int64_t lanes, threads, bits, width, group, dtype;
+    int64_t in_runs, tokens, runs;
+    const float *numbers; /* [tokens, width] */
+    const int64_t *ends;  /* [runs]: the token behind each run */
+    uint8_t *codes;       /* [tokens, width * bits / 8] */
+    void *grids;          /* [tokens or runs, 2, width / group] */
+} Coding;
+
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -54,15 +64,37 @@ INLINE float as_float(uint32_t bits)
     return number;
 }
 
+INLINE uint32_t as_bits(float number)
+{
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return bits;
+}
+
 /* The number whose float16 has these bits. */
 INLINE float half(uint16_t bits)
 {
     const uint32_t rest = (uint32_t)(bits & 0x7fff) << 13;
-    const float size = as_float(rest) * 0x1p112f; /* the exponent's bias: 127 - 15 */
-    uint32_t whole;
-    memcpy(&whole, &size, sizeof whole);
-    whole |= rest >= 0x0f800000 ? 0x7f800000 : 0; /* infinite, or no number */
-    return as_float(whole | (uint32_t)(bits & 0x8000) << 16);
+    uint32_t size = as_bits(as_float(rest) * 0x1p112f); /* the exponent's bias: 127 - 15 */
+    size |= rest >= 0x0f800000 ? 0x7f800000 : 0;        /* infinite, or no number */
+    return as_float(size | (uint32_t)(bits & 0x8000) << 16);
+}
+
+/* The bits of the nearest float16; halves go to even. */
+INLINE uint16_t as_half(float number)
+{
+    const uint32_t sign = as_bits(number) & 0x80000000, rest = as_bits(number) ^ sign;
+    const uint32_t whole = rest > 0x7f800000 ? 0x7e00 : 0x7c00; /* no number, or infinite */
+    const uint32_t small = as_bits(as_float(rest) + 0.5f) - as_bits(0.5f);
+    const uint32_t normal = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+    return (rest >= 0x47800000 ? whole : rest < 0x38800000 ? small : normal) | sign >> 16;
+}
+
+/* The bits of the nearest bfloat16; halves go to even. */
+INLINE uint16_t as_brain(float number)
+{
+    const uint32_t bits = as_bits(number);
+    return number != number ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 /* Numbers first..first+count-1 of the grids. */
@@ -140,6 +172,59 @@ INLINE void unpack(const uint8_t *from, int64_t tokens, int64_t width, int64_t b
 #undef UNPACK
 }
 
+/* The reverse for one token. */
+INLINE void pack_bits(const uint8_t *from, int64_t width, int bits, uint8_t *to)
+{
+    const int low = bits == 3 ? 2 : bits, pieces = 8 / low;
+    const int64_t size = width / pieces, eighth = width / 8;
+    for (int i = 0; i < pieces; i++)
+        piece(from + i * size, to, size, 0, (1 << low) - 1, i * low);
+    for (int i = 0; bits == 3 && i < 8; i++)
+        piece(from + i * eighth, to + size, eighth, 2, 1, i);
+}
+
+INLINE void pack(const uint8_t *from, int64_t width, int64_t bits, uint8_t *to)
+{
+#define PACK(bits) \
+    case bits: \
+        if (width == 64) \
+            pack_bits(from, 64, bits, to); \
+        else if (width == 128) \
+            pack_bits(from, 128, bits, to); \
+        else \
+            pack_bits(from, width, bits, to); \
+        break;
+    switch (bits) { PACK(2) PACK(3) PACK(4) PACK(8) }
+#undef PACK
+}
+
+/* Store grids as numbers first..first+count-1, and leave in `own` what they have become. */
+INLINE void put_grids(const Coding *job, int64_t first, float *own, int64_t count)
+{
+    uint16_t *halves = (uint16_t *)job->grids + first;
+    if (job->dtype == FLOAT32)
+        memcpy((float *)job->grids + first, own, count * sizeof *own);
+    else if (job->dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) {
+            halves[i] = as_brain(own[i]);
+            own[i] = as_float((uint32_t)halves[i] << 16);
+        }
+    else
+        for (int64_t i = 0; i < count; i++) {
+            halves[i] = as_half(own[i]);
+            own[i] = half(halves[i]);
+        }
+}
+
+/* A number's code. Adding 2^23 rounds to a whole number, halves to even, in the lowest bits. */
+INLINE uint8_t code(float number, float scale, float zero, float top)
+{
+    float steps = (number - zero) / scale;
+    steps = steps > 0 ? steps : 0; /* 0 / 0 too */
+    steps = steps < top ? steps : top;
+    return as_bits(steps + 0x1p23f);
+}
+
 /* Sums in eight parts, which the compiler keeps in vectors. */
 INLINE float dot(const float *one, const float *other, int64_t count)
 {
@@ -170,6 +255,7 @@ INLINE float total(const float *numbers, int64_t count)
 #define LANES 4
 #define NAME(name) name##_4
 #include "_packed_rows.h"
+#include "_packed_coding.h"
 #undef LANES
 #undef NAME
 
@@ -188,6 +274,7 @@ TARGET("avx2,fma")
 #define LANES 8
 #define NAME(name) name##_8
 #include "_packed_rows.h"
+#include "_packed_coding.h"
 #undef LANES
 #undef NAME
 END_TARGET
@@ -196,6 +283,7 @@ TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define LANES 16
 #define NAME(name) name##_16
 #include "_packed_rows.h"
+#include "_packed_coding.h"
 #undef LANES
 #undef NAME
 END_TARGET
@@ -276,7 +364,7 @@ static int inside(const Job *job)
         if (count < 1 || run < 0 || run > job->marks - count || job->ends[run + count - 1] < length)
             return 0;
     }
-    return job->in_runs || job->marks >= job->slots;
+    return job->width % job->group == 0 && (job->in_runs || job->marks >= job->slots);
 }
 
 #if defined(_OPENMP)
@@ -335,6 +423,42 @@ int64_t kvhive_mix(const Job *job)
     }
 #endif
     mix_part(job, 0, 1, job->dense, job->dense_row, job->dense_head);
+    return 1;
+}
+
+static void code_part(const Coding *job, int64_t part, int64_t parts)
+{
+    const int64_t count = job->in_runs ? job->runs : job->tokens;
+    const int64_t first = count * part / parts, last = count * (part + 1) / parts;
+#if defined(__x86_64__)
+    if (job->lanes == 16)
+        return job->in_runs ? code_runs_16(job, first, last) : code_tokens_16(job, first, last);
+    if (job->lanes == 8)
+        return job->in_runs ? code_runs_8(job, first, last) : code_tokens_8(job, first, last);
+#endif
+    job->in_runs ? code_runs_4(job, first, last) : code_tokens_4(job, first, last);
+}
+
+/* Returns 0, having done nothing, where groups do not fill a token or runs do not fill all tokens;
+ * else 1. */
+int64_t kvhive_code(const Coding *job)
+{
+    if (job->width % job->group)
+        return 0;
+    int64_t end = 0;
+    for (int64_t run = 0; job->in_runs && run < job->runs; end = job->ends[run++])
+        if (job->ends[run] <= end)
+            return 0;
+    if (job->in_runs && end != job->tokens)
+        return 0;
+#if defined(_OPENMP)
+    const int64_t worth = job->tokens * job->width / WORTH;
+    const int team = worth < 1 ? 1 : worth < job->threads ? worth : job->threads;
+#pragma omp parallel num_threads(team) if (team > 1)
+    code_part(job, omp_get_thread_num(), omp_get_num_threads());
+#else
+    code_part(job, 0, 1);
+#endif
     return 1;
 }
 

@@ -28,39 +28,43 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def decode(
     query: Tensor, keys: Tensor, values: Tensor, ask: Ask
-) -> tuple[Tensor, Tensor | None, Rows | None]:
+) -> tuple[Tensor, Tensor | None, Rows | None, Tensor | None]:
     """One query a row: its probabilities over all slots are there for the asking.
 
-    Shapes as `reference.attend`. Returns the output `[b, H, 1, e]`, columns and rows.
+    Shapes as `reference.attend`. Returns the output `[b, H, 1, e]`, columns, rows and log-sum-exp.
     """
     batch, heads, _, _ = query.shape
     kv_heads, n = keys.shape[1:3]
-    weights = _weights_of_one(query, keys, ask)
+    logits = _logits_of_one(query, keys, ask)
+    lse = logits.logsumexp(-1).view(batch, heads, 1) if ask.lse else None
+    weights = logits.softmax(-1)
+    if ask.valid is not None:
+        weights.nan_to_num_(0.0)
     out = torch.bmm(weights, values.flatten(0, 1).to(weights.dtype))
     out = out.view(batch, heads, 1, values.shape[-1]).to(query.dtype)
     weights = weights.view(batch, kv_heads, heads // kv_heads, n)
     if ask.step.real is not None:
         real = ask.step.real[:, :, None, None]
         weights, out = weights * real, out * real
+        lse = None if lse is None else lse.masked_fill(~real[..., 0], NEVER)
     columns: Tensor | None = None
     if ask.needs.columns is not None:
         power = weights.square() if ask.needs.columns == "square" else weights
         columns = power.sum(2).float() if ask.needs.fold else power.flatten(1, 2).float()
     rows = Rows.of(weights.view(batch, heads, 1, n).float()) if ask.needs.last_rows else None
-    return out, columns, rows
+    return out, columns, rows, lse
 
 
-def _weights_of_one(query: Tensor, keys: Tensor, ask: Ask) -> Tensor:
+def _logits_of_one(query: Tensor, keys: Tensor, ask: Ask) -> Tensor:
     """`[b * K, H / K, n]` in float32 or better."""
     batch, heads, _, width = query.shape
     kv_heads = keys.shape[1]
     dtype = wide(keys.dtype)
     grouped = query.reshape(batch * kv_heads, heads // kv_heads, width).to(dtype) * ask.scale
     logits = torch.bmm(grouped, keys.flatten(0, 1).to(dtype).transpose(1, 2))
-    if ask.valid is None:
-        return logits.softmax(-1)
-    hidden = ~ask.valid.flatten(0, 1)[:, None]
-    return logits.masked_fill_(hidden, NEVER).softmax(-1).nan_to_num_(0.0)
+    if ask.valid is not None:
+        logits.masked_fill_(~ask.valid.flatten(0, 1)[:, None], NEVER)
+    return logits
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tensor, Tensor | None]:

@@ -68,7 +68,8 @@ class Ask:
     step: the last `step.fresh` slots are its own tokens, which see each other causally; padded
     queries give zeros and count nowhere. scale: multiplies the product of a query and a key.
     valid: bool `[b, K, n]`, False for empty slots; None: every slot holds a token. causal: False
-    for a segment of older slots, all of which every query sees.
+    for a segment of older slots, all of which every query sees. lse: whether the log-sum-exp of
+    every query is wanted, for a store that holds more than these slots.
     """
 
     step: Step
@@ -76,6 +77,7 @@ class Ask:
     needs: Needs = NOTHING
     valid: Tensor | None = None
     causal: bool = True
+    lse: bool = False
 
 
 class Rows:
@@ -121,6 +123,8 @@ class Observed:
     fresh: `q`, how many of the slots this step brought.
     scale: what attention multiplies the product of a query and a key by.
     rotation: how the layer turns queries and keys; None where it does not, or nobody knows how.
+    lse: `[b, H, q]`, natural log of the sum of exp(logit) over the slots, float32 or better; minus
+    infinity where a query sees none.
     """
 
     fresh: int
@@ -130,6 +134,7 @@ class Observed:
     keys: Tensor | None = None
     scale: float = 1.0
     rotation: Rotation | None = None
+    lse: Tensor | None = None
 
 
 class Held:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from kvhive.kernels import chunked, fused, triton_packed, triton_ragged, triton_tiles
+from kvhive.kernels import chunked, fused, segments, triton_packed, triton_ragged, triton_tiles
 from kvhive.kernels.contracts import Ask, Observed, Rows
 from kvhive.kernels.packed_segments import Segment
 from kvhive.kernels.ragged import Extents, Seen
@@ -27,12 +28,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
     columns: Tensor | None = None
     rows: Rows | None = None
     singly = query.shape[2] == 1
-    asked = ask.needs.attention if singly else ask.needs.columns is not None
+    asked = ask.lse or (ask.needs.attention if singly else ask.needs.columns is not None)
     if not asked and fused.fits(query, keys, values, ask):
         out = fused.attend(query, keys, values, ask)
     elif singly:
-        out, columns, rows = chunked.decode(query, keys, values, ask)
-        return out, _observed(query, keys, ask, columns, rows)
+        out, columns, rows, lse = chunked.decode(query, keys, values, ask)
+        return out, replace(_observed(query, keys, ask, columns, rows), lse=lse)
+    elif ask.lse:
+        out, lse = segments.segment(query, keys, values, ask)
+        seen = segments.report(query, keys, lse, ask)
+        held = keys if ask.needs.keys else None
+        return out.to(query.dtype), replace(seen, keys=held, lse=lse)
     else:
         out, columns = chunked.attend(query, keys, values, ask)
     if ask.needs.last_rows:
@@ -98,10 +104,11 @@ def report_packed(query: Tensor, segments: Sequence[Segment], ask: Ask, length: 
 
 def _launches(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool:
     """Whether the step suits kernels that are launched once for all rows."""
-    plain = ask.step.real is None and ask.valid is None and query.shape[2] <= triton_tiles.MOST
+    plain = ask.step.real is None and ask.valid is None and not ask.lse
+    few = query.shape[2] <= triton_tiles.MOST
     alike = query.dtype == keys.dtype == values.dtype and keys.dtype in triton_tiles.DTYPES
     narrow = max(keys.shape[-1], values.shape[-1]) <= triton_tiles.WIDEST
-    return plain and alike and narrow and keys.device.type in LAUNCHED
+    return plain and few and alike and narrow and keys.device.type in LAUNCHED
 
 
 def _observed(

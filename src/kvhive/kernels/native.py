@@ -1,6 +1,8 @@
-"""Attention's two products with packed rows in C, on a CPU: `_packed.c`, where it was compiled.
+"""Attention's two products with packed rows, and what packs them, in C on a CPU: `_packed.c`, where
+it was compiled.
 
-The environment variable KVHIVE_NATIVE=0 turns it off.
+The environment variable KVHIVE_NATIVE=0 turns it off. Threads are torch's own (OpenMP), as many as
+`torch.get_num_threads()` where the work is worth them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from kvhive.kernels.packed_rows import PackedRows
 WIDEST = 512  # numbers a token may have
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 JOB = struct.Struct("26q")  # `Job` of `_packed.c`: numbers, strides and addresses of 8 bytes each
+CODING = struct.Struct("13q")  # `Coding` of `_packed.c`
 
 
 def turned_off() -> bool:
@@ -39,8 +42,8 @@ def library() -> ctypes.CDLL | None:
     found.kvhive_lanes.restype = ctypes.c_int64
     if found.kvhive_sources().decode() != native_build.digest(native_build.HERE):
         return None
-    for product in (found.kvhive_logits, found.kvhive_mix):
-        product.argtypes, product.restype = [ctypes.c_char_p], ctypes.c_int64
+    for function in (found.kvhive_logits, found.kvhive_mix, found.kvhive_code):
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
     return found
 
 
@@ -85,6 +88,52 @@ def logits(query: Tensor, rows: PackedRows, out: Tensor, at: Tensor) -> None:
 def mix(weights: Tensor, rows: PackedRows, out: Tensor, at: Tensor) -> None:
     """As `packed.mix`, for what `serves` admits."""
     _run("kvhive_mix", out, weights, rows, at)
+
+
+def codes(numbers: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `coded` takes numbers `[N, width]`, for grids in `dtype`: on a CPU, and nothing to be
+    differentiated.
+    """
+    learns = numbers.requires_grad and torch.is_grad_enabled()
+    fits = dtype in DTYPES and numbers.shape[1] <= WIDEST
+    return library() is not None and numbers.is_cpu and fits and not learns
+
+
+def coded(
+    numbers: Tensor, bits: int, group: int, dtype: torch.dtype, ends: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `packed.coded`, the same bits, for what `codes` admits."""
+    found = library()
+    assert found is not None
+    numbers = numbers.float().contiguous()
+    tokens, width = numbers.shape
+    ends = None if ends is None else ends.contiguous()
+    count = tokens if ends is None else len(ends)
+    data = torch.empty(tokens, width * bits // 8, dtype=torch.uint8)
+    grids = torch.empty(count, 2, width // group, dtype=dtype)
+    whole = found.kvhive_code(
+        CODING.pack(
+            lanes(),
+            torch.get_num_threads(),
+            bits,
+            width,
+            group,
+            DTYPES[dtype],
+            ends is not None,
+            tokens,
+            count,
+            numbers.data_ptr(),
+            0 if ends is None else ends.data_ptr(),
+            data.data_ptr(),
+            grids.data_ptr(),
+        )
+    )
+    if not whole:
+        raise ValueError(
+            f"coded: groups of {group} must fill tokens of {width} numbers, and runs all {tokens} "
+            f"tokens, got runs that end at {None if ends is None else ends.tolist()}"
+        )
+    return data, grids
 
 
 def _run(product: str, dense: Tensor, scores: Tensor, rows: PackedRows, at: Tensor) -> None:

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("_packed.c", "_packed_rows.h")
+SOURCES = ("_packed.c", "_packed_rows.h", "_packed_coding.h")
 LIBRARY = "_packed.so"
 COMPILERS = (os.environ.get("CC", ""), "cc", "gcc", "clang")  # the first that works
 FLAGS = ("-O3", "-fPIC", "-shared")

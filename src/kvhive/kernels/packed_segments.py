@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvhive.kernels.packed import PackedRows
+from kvhive.kernels.packed_rows import PackedRows
 
 
 @dataclass(eq=False)

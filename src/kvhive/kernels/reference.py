@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
     logits = _logits(query, keys, ask)
     weights = logits.softmax(-1).nan_to_num(0.0)
     out = weights @ _wide(values, query.shape[1])
-    return out.to(query.dtype), _observed(query, keys, weights, ask)
+    seen = _observed(query, keys, weights, ask)
+    lse = logits.logsumexp(-1) if ask.lse else None
+    return out.to(query.dtype), replace(seen, lse=lse)
 
 
 def segment(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tensor, Tensor]:

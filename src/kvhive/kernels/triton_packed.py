@@ -2,7 +2,7 @@
 numbers of few bits unpacked in registers.
 
 Experimental: its numbers are tested in Triton's interpreter alone. It compiles for GPUs but has
-never run on one, and sizes of tiles are guesses. It takes Triton 3.3 or later, whose programs take
+never run on one, and sizes of tiles are guesses. It takes Triton 3.4 or later, whose programs take
 tuples.
 
 A program works on the same SPLIT tokens of every segment of a row; splits are merged by their
@@ -26,7 +26,7 @@ from kvhive.kernels.contracts import Needs, Observed, Rows
 from kvhive.kernels.packed_segments import ExactRows, Form, Segment
 from kvhive.kernels.triton_tiles import DTYPES, SPLIT, WIDEST, Tile, block, wide
 
-OLDEST = (3, 3)  # version of Triton
+OLDEST = (3, 4)  # version of Triton
 # Tiles loaded ahead, so that numbers, scales and zeros of all fit 99 KB of shared memory.
 STAGES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 1}
 

@@ -1,4 +1,6 @@
-"""How much attention changes the hidden state of each layer, seen by hooks while a model reads."""
+"""Attention modules of a model: how much each changes the hidden state, seen by hooks while it
+reads, and the projection of its output.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +42,25 @@ def layers_watched(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def output_projections(model: PreTrainedModel) -> dict[int, Tensor]:
+    """For every full-attention layer, by its index, the weight that maps the outputs of its heads,
+    one after another, to the hidden state: `[hidden state, H * e]`, without a graph.
+
+    It is taken to be the last linear layer of the attention module. Raises `ValueError` for a model
+    whose attention modules are not found, or hold none.
+    """
+    found = {}
+    for index, _, attention in _blocks(model):
+        linear = [part for part in attention.modules() if isinstance(part, nn.Linear)]
+        if not linear:
+            raise ValueError(
+                f"{type(model).__name__}: attention of layer {index} has no linear layer, so its "
+                "output projection is not known"
+            )
+        found[index] = linear[-1].weight.detach()
+    return found
 
 
 def _blocks(model: PreTrainedModel) -> list[tuple[int, nn.Module, nn.Module]]:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kvhive.kernels import Ask, Observed, Rows, attend, report, segments
 from kvhive.kernels.chunked import columns_of
+from kvhive.kernels.dispatch import attend_packed, serves_packed
 from kvhive.plan import Plan
 from kvhive.stores._exact import Exact, aligned
 from kvhive.stores._merging import fold
 from kvhive.stores._part import Form
+from kvhive.stores._segments import segments_of, served
 from kvhive.stores._side import Side
 from kvhive.stores.base import LayerFacts, Store, StoreKind
 
@@ -66,6 +68,8 @@ class PackedStore(Store):
     at a time. What is dropped leaves the codes of the rest as they are.
     """
 
+    packs = True
+
     def __init__(self, kind: PackedKind) -> None:
         self._kind = kind
         self.length = self.batch = self.heads = 0
@@ -77,7 +81,7 @@ class PackedStore(Store):
     # ---- what every store does ------------------------------------------------------------------
 
     @property
-    def knows_empty(self) -> bool:  # type: ignore[override]
+    def knows_empty(self) -> bool:
         """Whether rows hold tokens alone, so that attention need not be told of empty slots."""
         return not self._whole
 
@@ -222,11 +226,32 @@ class PackedStore(Store):
     # ---- attention ------------------------------------------------------------------------------
 
     def _attend_few(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
+        if self._launches(query, ask):
+            return self._attend_at_once(query, ask)
         weights = self._weights(query, ask)
         out = self._values.mixed(weights)
         seen = self._observed(query, ask, weights)
         batch, heads, q, _ = query.shape
         return out.view(batch, heads, q, -1).to(query.dtype), seen
+
+    def _launches(self, query: Tensor, ask: Ask) -> bool:
+        """Whether a GPU's kernel takes all parts of all rows in one launch."""
+        keys, values = self._sides
+        fits = serves_packed(query, keys.exact.tokens, values.exact.tokens, ask)
+        return fits and served(keys, values, ask.needs.attention)
+
+    def _attend_at_once(self, query: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
+        form = self._keys.forms[0]
+        cut = segments_of(self._keys, self._values, self.length)
+        turned = form.turned(query.float()).to(query.dtype)
+        out, seen = attend_packed(turned, cut, ask, self.length)
+        needs = ask.needs
+        seen = replace(
+            seen,
+            queries=query if needs.queries else None,
+            keys=self.view()[0] if needs.keys else None,
+        )
+        return self._values.forms[0].turned_back(out.float()).to(query.dtype), seen
 
     def _weights(self, query: Tensor, ask: Ask) -> Tensor:
         """float32 `[R, G * q, width]`: what each query gives every column."""
@@ -327,13 +352,6 @@ class PackedStore(Store):
         keys, values = (side.exact.tokens.unflatten(0, size) for side in self._sides)
         return keys, values
 
-    def _sink_counts(self) -> Tensor:
-        """int64 `[R]` on the CPU: exact first tokens of each row."""
-        exact = self._keys.exact
-        if exact.missing is None:
-            return torch.full((len(exact.tokens),), exact.sinks)
-        return exact.sinks - exact.missing[:, : exact.sinks].sum(1).cpu()
-
     def _packed_counts(self) -> Tensor:
         """int64 `[R]` on the CPU: packed keys of each row."""
         lengths = torch.zeros(self.batch * self.heads, dtype=torch.int64)
@@ -343,7 +361,7 @@ class PackedStore(Store):
 
     def _counts(self) -> Tensor:
         """int64 `[R]` on the CPU: tokens of each row."""
-        return self._sink_counts() + self._keys.lengths
+        return self._keys.sink_counts + self._keys.lengths
 
     def _look(self) -> None:
         """Find out whether slots are columns: every row holds as many, in one part at most."""
@@ -357,7 +375,10 @@ class PackedStore(Store):
         token; what an empty slot's column is means nothing.
         """
         side, device = self._keys, self._keys.exact.tokens.device
-        counts, sinks = self._counts().to(device)[:, None], self._sink_counts().to(device)[:, None]
+        counts, sinks = (
+            self._counts().to(device)[:, None],
+            self._keys.sink_counts.to(device)[:, None],
+        )
         slot = torch.arange(self.length, device=device)
         place = slot - (self.length - counts)  # among the tokens of the row
         column = side.width - self.length + slot + torch.zeros_like(place)
@@ -424,7 +445,9 @@ class PackedStore(Store):
         most -= min(packing.sinks, most)
         place = (keep.cumsum(1) - 1)[keep]  # of a token among those of its row
         row = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)[keep]
-        tier = None if best is None else (~best.flatten(0, 1)[keep]).long()
+        tier: Tensor | None = None
+        if best is not None and len(packing.keys) > 1:
+            tier = (~best.flatten(0, 1)[keep]).long()
         sides = []
         for side, due in ((self._keys, packing.keys_due), (self._values, packing.values_due)):
             exact = most - due(most) if packing.residual is None else packing.residual
@@ -480,7 +503,7 @@ class PackedStore(Store):
         if self._tiers is None:
             return None
         packed = self._packed_counts().to(slots.device)[:, None]
-        sinks = self._sink_counts().to(slots.device)[:, None]
+        sinks = self._keys.sink_counts.to(slots.device)[:, None]
         empty = self.length - self._counts().to(slots.device)[:, None]
         size = self._tiers.shape[1]
         place = torch.arange(size, device=slots.device) - (size - packed)  # among those packed

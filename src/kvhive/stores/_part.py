@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from kvhive.kernels.packed import PackedRows
+
 
 class Part(ABC):
     """Tokens of width d in R rows (batch row, KV head) that may hold different numbers.
@@ -64,9 +66,26 @@ class Part(ABC):
     def nbytes(self) -> int:
         """Bytes of every tensor held, room to grow included."""
 
+    @property
+    def packed_rows(self) -> PackedRows | None:
+        """The tokens as kernels read them, where they are in few bits; None: they are not."""
+        return None
+
 
 class Form(ABC):
-    """How the tokens of a part are held."""
+    """How the tokens of a part are held. spreads: whether tokens are turned before they are
+    rounded.
+    """
+
+    spreads: bool = False
+
+    def turned(self, numbers: Tensor) -> Tensor:
+        """Float32 `[..., d]` as tokens are before they are rounded."""
+        return numbers
+
+    def turned_back(self, numbers: Tensor) -> Tensor:
+        """The reverse of `turned`."""
+        return numbers
 
     @abstractmethod
     def part(self, tokens: Tensor, lengths: Tensor) -> Part:

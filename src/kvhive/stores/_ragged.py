@@ -34,8 +34,6 @@ class RaggedStore(Store):
     nearly equal length.
     """
 
-    knows_empty = True
-
     def __init__(
         self, batch: int, heads: int, keys: Tensor, values: Tensor, layout: Layout
     ) -> None:
@@ -60,6 +58,11 @@ class RaggedStore(Store):
     def room(self) -> int:
         """Slots there is room for."""
         return self._layout.length + self._layout.spare
+
+    @property
+    def knows_empty(self) -> bool:
+        """Each row has its own length."""
+        return True
 
     @property
     def mean(self) -> int:
@@ -197,6 +200,7 @@ class RaggedStore(Store):
                 return joined.reshape(self.batch, -1, stop - start, joined.shape[-1])
 
             rows = Rows(first.count, block, first.size)
+        sums = [seen.lse for seen in parts if seen.lse is not None]
         return Observed(
             fresh=query.shape[2],
             columns=columns,
@@ -204,6 +208,7 @@ class RaggedStore(Store):
             queries=query if needs.queries else None,
             keys=self.view()[0] if needs.keys else None,
             scale=ask.scale,
+            lse=self._layout.restored(torch.cat(sums)).reshape(query.shape[:3]) if sums else None,
         )
 
     def _padded_slots(self, part: Literal[1, 2]) -> Tensor:

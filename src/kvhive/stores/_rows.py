@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvhive.kernels import bits as grids_of
 from kvhive.kernels.hadamard import hadamard
-from kvhive.kernels.packed import PackedRows, Runs, logits, mix
+from kvhive.kernels.packed import PackedRows, Runs, coded, logits, mix
 from kvhive.stores._flat import fits, marked_of, moved, slots_of, spare, starts_of
 from kvhive.stores._part import Form, Part
 
@@ -21,14 +20,6 @@ class Coding(Form):
     @abstractmethod
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
         """Tokens `[N, width]` of all rows one after another; lengths: int64 `[R]` on the CPU."""
-
-    def turned(self, numbers: Tensor) -> Tensor:
-        """Float32 `[..., width]` as tokens are before they are rounded."""
-        return numbers
-
-    def turned_back(self, numbers: Tensor) -> Tensor:
-        """The reverse of `turned`."""
-        return numbers
 
     def part(self, tokens: Tensor, lengths: Tensor) -> Coded:
         """See the base."""
@@ -46,6 +37,11 @@ class Coded(Part):
     def lengths(self) -> Tensor:
         """See the base."""
         return self.rows.lengths
+
+    @property
+    def packed_rows(self) -> PackedRows:
+        """See the base."""
+        return self.rows
 
     def row(self, row: int, first: int, last: int) -> Tensor:
         """See the base."""
@@ -91,17 +87,17 @@ class Coded(Part):
 class PerToken(Coding):
     """Each token by itself, its numbers in groups of `group` that follow each other.
 
-    bits: of a number. group: divides the width. spread: whether tokens are multiplied by the
+    bits: of a number. group: divides the width. spreads: whether tokens are multiplied by the
     Hadamard matrix first.
     """
 
     bits: int
     group: int
-    spread: bool = False
+    spreads: bool = False
 
     def turned(self, numbers: Tensor) -> Tensor:
         """See the base."""
-        return numbers @ hadamard(numbers.shape[-1]).to(numbers) if self.spread else numbers
+        return numbers @ hadamard(numbers.shape[-1]).to(numbers) if self.spreads else numbers
 
     def turned_back(self, numbers: Tensor) -> Tensor:
         """See the base; the matrix is its own inverse."""
@@ -109,16 +105,13 @@ class PerToken(Coding):
 
     def packed(self, tokens: Tensor, lengths: Tensor) -> PackedRows:
         """See the base."""
-        groups = self.turned(tokens.float()).unflatten(-1, (-1, self.group))
-        least, largest = groups.aminmax(dim=-1)
-        grids = grids_of.grid(least, largest, self.bits, tokens.dtype)
-        scale, zero = grids[:, 0, :, None], grids[:, 1, :, None]
-        codes = grids_of.rounded(groups, scale, zero, self.bits).flatten(-2)
+        turned = self.turned(tokens.float())
+        codes, grids = coded(turned, self.bits, self.group, tokens.dtype)
         return PackedRows(
             bits=self.bits,
             width=tokens.shape[1],
             group=self.group,
-            codes=grids_of.packed(codes, self.bits),
+            codes=codes,
             grids=grids,
             starts=starts_of(lengths),
             lengths=lengths,
@@ -142,7 +135,7 @@ class PerChannel(Coding):
         ends = torch.minimum((place + 1) * self.run, lengths.repeat_interleave(counts))
         runs = Runs(ends.int().to(tokens.device), starts_of(counts), counts)
         sizes = ends - place * self.run
-        codes, grids = self.coded(tokens, sizes)
+        codes, grids = coded(tokens, self.bits, 1, tokens.dtype, sizes.cumsum(0))
         return PackedRows(
             bits=self.bits,
             width=tokens.shape[1],
@@ -153,17 +146,6 @@ class PerChannel(Coding):
             lengths=lengths,
             runs=runs,
         )
-
-    def coded(self, tokens: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and grids of tokens `[N, width]` in runs of so many (int64 `[M]` on the CPU)."""
-        first = sizes.cumsum(0) - sizes
-        inside = torch.minimum(torch.arange(self.run), sizes[:, None] - 1)
-        whole = tokens[(first[:, None] + inside).to(tokens.device)]  # the last of a run again
-        least, largest = whole.aminmax(dim=1)
-        grids = grids_of.grid(least, largest, self.bits, tokens.dtype)
-        each = grids.repeat_interleave(sizes.to(tokens.device), 0)
-        codes = grids_of.rounded(tokens, each[:, 0], each[:, 1], self.bits)
-        return grids_of.packed(codes, self.bits), grids
 
 
 def tokens_of(rows: PackedRows) -> Tensor:

@@ -42,6 +42,14 @@ class Side:
         return tail
 
     @property
+    def sink_counts(self) -> Tensor:
+        """int64 `[R]` on the CPU: exact first tokens of each row."""
+        exact = self.exact
+        if exact.missing is None:
+            return torch.full((len(exact.tokens),), exact.sinks)
+        return exact.sinks - exact.missing[:, : exact.sinks].sum(1).cpu()
+
+    @property
     def width(self) -> int:
         """Columns."""
         return self._before_tail + self.exact.tail

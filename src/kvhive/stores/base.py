@@ -25,12 +25,17 @@ class Store(ABC):
     """
 
     length: int
-    knows_empty: ClassVar[bool] = False  # whether attention needs `Ask.valid` for padding alone
+    packs: ClassVar[bool] = False  # whether `pack` may change what is held
 
     @property
     @abstractmethod
     def room(self) -> int:
         """Slots there is room for."""
+
+    @property
+    def knows_empty(self) -> bool:
+        """Whether attention needs `Ask.valid` for padding alone."""
+        return False
 
     @property
     def mean(self) -> int:
@@ -120,11 +125,13 @@ class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
     calibration: the method whose profile it reads; None for no profile. rewritable: whether the key
-    of a single token can be replaced, as folding and turning it do.
+    of a single token can be replaced, as folding and turning it do. example: what to write before
+    it in a recipe that shows what it does.
     """
 
     calibration: ClassVar[str | None] = None
     rewritable: ClassVar[bool] = True
+    example: ClassVar[str] = "full"
 
     @property
     def profile_file(self) -> str | None:
@@ -149,6 +156,11 @@ class StoreKind(Spec):
         An eviction then says which those are (`Plan.best`).
         """
         return None
+
+    @property
+    def fullest(self) -> StoreKind:
+        """The settings whose bytes are never fewer, by which a cache's size is reckoned."""
+        return self
 
     def check_heads(self, width: int) -> None:
         """Raises `ValueError` for heads of so many numbers, where it cannot hold them."""

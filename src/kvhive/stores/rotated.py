@@ -38,7 +38,7 @@ class Rotated(PackedKind):
     def packing(self, key_width: int, value_width: int) -> Packing:
         """See the base."""
         forms = [
-            PerToken(self.bits, group_for(self.name, width, self.group), spread=True)
+            PerToken(self.bits, group_for(self.name, width, self.group), spreads=True)
             for width in (key_width, value_width)
         ]
         return Packing((forms[0],), (forms[1],), self.sink, self._due, self._due, self.residual)

@@ -55,6 +55,13 @@ class Think(PackedKind):
         if self.keep == 0:
             raise ValueError("think: keep must be more than 0, or no key is left; got 0.0")
 
+    @property
+    def fullest(self) -> Think:
+        """Whole keys, or as many as come between two thinnings: answers displace what is thin."""
+        if self.rethin is None:
+            return replace(self, keep=1.0)
+        return replace(self, recent=self.recent + self.rethin)
+
     def new(self, facts: LayerFacts, earlier: Sequence[Store]) -> Store:
         """An empty store; a dense one where nothing is to be thinned."""
         return DenseStore() if self.keep == 1 and self.value_bits is None else ThinkStore(self)
@@ -133,8 +140,8 @@ class ThinkStore(PackedStore):
         return super().attend(query, ask)
 
     def _watch(self, query: Tensor, step: Step) -> None:
-        last_alone = self._unfinished and step.phase == "decode"  # a chunk of one token
-        if step.phase == "prefill" or last_alone:
+        one_of_it = step.phase == "decode" and (self._unfinished or not step.ends)
+        if step.phase == "prefill" or one_of_it:  # a chunk may be a single token
             self._listen()
             self._latest = Latest.of(query, step.real, self.heads, self._think.window, self.length)
             self._unfinished, self._due_now = not step.ends, step.ends

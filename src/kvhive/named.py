@@ -1,0 +1,40 @@
+"""Recipes that have a name, chosen by measurement (`docs/results/stores.md`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Named:
+    """recipe: in its string form. promise: what it is for, in a line."""
+
+    recipe: str
+    promise: str
+
+
+NAMED: Mapping[str, Named] = {
+    "balanced": Named("full+kivi(bits=4)", "the least bytes with 99 % of the full cache's score"),
+    "small": Named(
+        "hive@0.35+tiers(bits=4, share=0.1, rest_bits=3)",
+        "the least bytes with 95 % of the full cache's score",
+    ),
+}
+
+
+def unnamed(text: str) -> str:
+    """The recipe that a name stands for; any other text as it is.
+
+    Raises `ValueError` for a name with something behind it: it is a whole recipe.
+    """
+    for name, named in NAMED.items():
+        if text.strip() == name:
+            return named.recipe
+        rest = text.strip().removeprefix(name)
+        if rest != text.strip() and rest[0] in "(@/+ ":
+            raise ValueError(
+                f"recipe {text!r}: {name} is a whole recipe; write it alone, or change what it "
+                f"stands for: {named.recipe}"
+            )
+    return text
