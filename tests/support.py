@@ -45,11 +45,13 @@ SIZES: dict[str, object] = {
 }
 
 
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object
+) -> LlamaForCausalLM:
     """A random Llama of two layers, four heads and two KV heads, with transformers' sdpa."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="sdpa"))
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **settings}, attn_implementation="sdpa"))
     return model.to(dtype).eval()
 
 

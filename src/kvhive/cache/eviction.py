@@ -117,18 +117,10 @@ class Eviction:
             return None
         score = _scores_to_compete_by([self], [slots], [held])[0]
         on_device = [torch.where(over, target, limits).to(slots.device)]
-        ranked = [self._ranked(slots, score, on_device[0])]
-        share, best = (
-            None if one is None else self._shared(ranked, [one])[0]
-            for one in (on_device[0], None if best is None else best.to(slots.device))
-        )
-        assert share is not None
+        share = _shared([self], [slots], [score], on_device)[0]
+        if best is not None:
+            best = _shared([self], [slots], [score], [best.to(slots.device)])[0]
         return cut(self.policy, slots, held, share, share, score, best)
-
-    def _shared(self, ranked: list[Tensor], budgets: list[Tensor]) -> list[Tensor]:
-        """int64 `[b, K]` of each layer on the CPU: budgets shared anew by ranked scores."""
-        allocation, floor = self.limits.allocation, self.limits.floor
-        return [share.cpu() for share in allocation.at_eviction(ranked, budgets, floor)]
 
     def _ranked(self, slots: Slots, score: Tensor, budget: Tensor) -> Tensor:
         """Scores for heads to compete by; what stays anyway counts as won."""
@@ -216,24 +208,36 @@ def _plan_by_scores(
         [helds[place] for place in part],
     )
     on_device = [target[place].to(slots[place].device) for place in part]
-    ranked = [
-        evictions[place]._ranked(slots[place], score, budget)
-        for place, score, budget in zip(part, scores, on_device, strict=True)
-    ]
-    first, bests = evictions[0], [evictions[place].limits.best(place) for place in part]
-    shares = first._shared(ranked, on_device)
+    ours, theirs = [evictions[place] for place in part], [slots[place] for place in part]
+    bests = [one.limits.best(one.layer) for one in ours]
+    shares = _shared(ours, theirs, scores, on_device)
     best: list[Tensor] | list[None] = [None] * len(part)
     if bests[0] is not None:
         wanted = [
-            one.expand_as(share).to(slots[place].device)
-            for place, one, share in zip(part, bests, shares, strict=True)
+            one.expand_as(share).to(held.device)
+            for held, one, share in zip(theirs, bests, shares, strict=True)
             if one is not None
         ]
-        best = first._shared(ranked, wanted)
+        best = _shared(ours, theirs, scores, wanted)
     for place, share, score, most in zip(part, shares, scores, best, strict=True):
         policy = evictions[place].policy
         plans[place] = cut(policy, slots[place], helds[place], share, share, score, most)
     return plans
+
+
+def _shared(
+    evictions: Sequence[Eviction],
+    slots: Sequence[Slots],
+    scores: Sequence[Tensor],
+    budgets: list[Tensor],
+) -> list[Tensor]:
+    """int64 `[b, K]` of each layer on the CPU: budgets shared anew by the scores of tokens."""
+    limits = evictions[0].limits
+    ranked = [
+        eviction._ranked(one, score, budget)
+        for eviction, one, score, budget in zip(evictions, slots, scores, budgets, strict=True)
+    ]
+    return [share.cpu() for share in limits.allocation.at_eviction(ranked, budgets, limits.floor)]
 
 
 def _scores_to_compete_by(

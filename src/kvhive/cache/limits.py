@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from kvhive.allocations import Allocation, Facts
 from kvhive.budget import Budget
 from kvhive.calibration import Profile
 from kvhive.policies import Policy
+from kvhive.policies._parts.sizing import Sizing
 from kvhive.step import Step
 
 UNLIMITED = 1 << 62
@@ -40,12 +43,20 @@ class Limits:
         self._best_share = best
         self.policies, self.budget = list(policies), budget
         self.allocation, self._slack, self._profile = allocation, slack, profile
-        self.sizings = [policy.sizing for policy in policies]
         self.floor = max(sizing.least for sizing in self.sizings)
         if budget is not None:
             allocation.check(sum(sizing.budgeted for sizing in self.sizings))
         self.limited = budget is not None or any(s.alone is not None for s in self.sizings)
         self.reset()
+
+    @cached_property
+    def sizings(self) -> list[Sizing]:
+        """Of each layer's policy."""
+        return [policy.sizing for policy in self.policies]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the sizings, whose functions no pickle can hold."""
+        return {name: value for name, value in vars(self).items() if name != "sizings"}
 
     def reset(self) -> None:
         """Nothing is limited until `follow`."""

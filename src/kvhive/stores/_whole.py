@@ -44,7 +44,7 @@ class Whole(Part):
             return None
         if not bool((self.held == length).all()):
             return None
-        return self.numbers.view(rows, room, -1)[:, :length]
+        return self.numbers.view(rows, room, self.numbers.shape[1])[:, :length]
 
     def logits(self, query: Tensor, out: Tensor, at: Tensor) -> None:
         """See the base."""
