@@ -397,7 +397,7 @@ def test_long_answers_do_not_outgrow_what_was_foretold(model: PreTrainedModel, r
         most = max(most, cache.nbytes)
     outline = Outline.of(model, cache.facts.rotations or ())
     work = Workload(tokens=770, turn=1)
-    assert most <= footprint(cache.recipe, outline, work).between_steps <= 1.2 * most
+    assert most <= footprint(cache.recipe, outline, work).between_steps <= 1.3 * most
 
 
 def test_exact_rows_at_equal_distance_are_one_product() -> None:

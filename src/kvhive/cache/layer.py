@@ -390,7 +390,7 @@ class HiveLayer(CacheLayer):
             self.slots.recount()
         if self.slots.gaps or self.store.knows_empty:
             plan = Plan.keeping(valid)
-            self.store = self.store.compact(plan, self.store.room)
+            self.store = self.store.align(plan, self.store.room)
             self.slots.compact(plan, self.store.room)
             self.eviction.forget()
 

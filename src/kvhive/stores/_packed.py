@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from kvhive.kernels import Ask, Observed, Rows, attend, report, segments
-from kvhive.kernels.chunked import columns_of
+from kvhive.kernels import Ask, Needs, Observed, Rows, attend, report, segments
+from kvhive.kernels.chunked import CHUNK, columns_of
 from kvhive.kernels.dispatch import attend_packed, serves_packed
 from kvhive.plan import Plan
 from kvhive.stores._exact import Exact, aligned
@@ -73,6 +73,7 @@ class PackedStore(Store):
     def __init__(self, kind: PackedKind) -> None:
         self._kind = kind
         self.length = self.batch = self.heads = 0
+        self._made = False  # any token ever came
         self._whole = True  # nothing was packed or dropped yet: slots are columns, all exact
         self._level = True  # every slot is the column of the same number
         self._tiers: Tensor | None = None  # uint8 [R, n]: of packed tokens, right-aligned
@@ -105,7 +106,8 @@ class PackedStore(Store):
         """Add q tokens, exactly; room beyond a few tokens is not made."""
         self.batch, self.heads, fresh, _ = keys.shape
         if not self.length:
-            self._whole, self._level, self._tiers = True, True, None
+            self._made = self._whole = self._level = True
+            self._tiers = None
             self._dtype = keys.dtype
             self.packing = packing = self._packing(keys.shape[3], values.shape[3])
             self._keys = Side(Exact(_plain(keys)), packing.keys)
@@ -152,6 +154,17 @@ class PackedStore(Store):
             self._keep(plan.keep.flatten(0, 1))
         self.length = plan.longest
         self._look()
+        return self
+
+    def align(self, plan: Plan, room: int) -> Store:
+        """As `compact`, but what is exact stays so: it has not been judged yet."""
+        if not self._whole:
+            return self.compact(plan, room)
+        places = plan.index.flatten(0, 1)[..., None]
+        for side in self._sides:
+            held = torch.take_along_dim(side.exact.tokens, places, 1)
+            side.exact = Exact(held)
+        self.length = plan.longest
         return self
 
     @property
@@ -218,7 +231,7 @@ class PackedStore(Store):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held: codes, grids, exact tokens, and room."""
-        if not self.length:
+        if not self._made:
             return 0
         tiers = 0 if self._tiers is None else self._tiers.untyped_storage().nbytes()
         return tiers + sum(side.nbytes for side in self._sides)
@@ -305,27 +318,31 @@ class PackedStore(Store):
             for block, part in zip(blocks, asks, strict=True)
         ]
         out, lse = segments.merge(parts)
-        reported = []
-        if ask.needs.attention:
-            reported = [
-                segments.report(query, self._block(self._keys, *block), lse, part)
-                for block, part in zip(blocks, asks, strict=True)
-            ]
-        return out.to(query.dtype), self._joined(query, ask, reported)
+        seen_by = [*zip(blocks, asks, strict=True)]
+        return out.to(query.dtype), self._seen_by_many(query, ask, lse, seen_by)
 
-    def _joined(self, query: Tensor, ask: Ask, reported: list[Observed]) -> Observed:
-        """What blocks of columns report, as of slots."""
+    def _seen_by_many(
+        self, query: Tensor, ask: Ask, lse: Tensor, blocks: list[tuple[tuple[int, int], Ask]]
+    ) -> Observed:
+        """What blocks of columns report, as of slots; a block's keys are unpacked as it is read."""
         needs, columns, rows = ask.needs, None, None
-        found = [one.columns for one in reported if one.columns is not None]
-        if found:
-            columns = self._slots(torch.cat(found, -1))
-        blocks = [one.rows for one in reported if one.rows is not None]
-        if blocks:
+
+        def reported(part: Needs) -> Iterator[Observed]:
+            for place, asked in blocks:
+                keys = self._block(self._keys, *place)
+                yield segments.report(query, keys, lse, replace(asked, needs=part))
+
+        if needs.columns is not None:
+            found = [one.columns for one in reported(replace(needs, last_rows=0))]
+            columns = self._slots(torch.cat([one for one in found if one is not None], -1))
+        if count := min(needs.last_rows, query.shape[2]):
 
             def block(start: int, stop: int) -> Tensor:
-                return self._slots(torch.cat([one.block(start, stop) for one in blocks], -1))
+                each = (one.rows for one in reported(Needs(last_rows=count)))
+                held = [one.block(start, stop) for one in each if one is not None]
+                return self._slots(torch.cat(held, -1))
 
-            rows = Rows(blocks[0].count, block, blocks[0].size)
+            rows = Rows(count, block, CHUNK)
         return Observed(
             fresh=query.shape[2],
             columns=columns,

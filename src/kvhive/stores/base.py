@@ -71,6 +71,10 @@ class Store(ABC):
         Returns the store to go on with, which is another where the form changes.
         """
 
+    def align(self, plan: Plan, room: int) -> Store:
+        """As `compact`, of a plan that drops nothing but padding."""
+        return self.compact(plan, room)
+
     @property
     def due(self) -> bool:
         """Whether `pack` would change keys."""
