@@ -25,7 +25,7 @@ demo: $(VENV)/demo.stamp ## compare recipes on examples/demo.md, also as report.
 		--ask "What is the claim number?" \
 		--ask "What is the name of the insurer?" \
 		--ask "Who was the keeper of the lock?" \
-		--recipe full --recipe h2o@0.4 --recipe snapkv@0.4 --recipe buzz@0.4 --recipe hive@0.4 \
+		--recipe full --recipe balanced --recipe small --recipe h2o@0.4 --recipe snapkv@0.4 --recipe buzz@0.4 \
 		--threads 1 --html report.html
 
 test: $(VENV)/dev.stamp ## run all tests

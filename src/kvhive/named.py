@@ -8,19 +8,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Named:
-    """recipe: in its string form. promise: what it is for, in a line."""
+    """recipe: as it prints itself. promise: what it is for, in a line."""
 
     recipe: str
     promise: str
 
 
 NAMED: Mapping[str, Named] = {
-    "balanced": Named("full+kivi(bits=4)", "the least bytes with 99 % of the full cache's score"),
-    "small": Named(
-        "hive@0.35+tiers(bits=4, share=0.1, rest_bits=3)",
-        "the least bytes with 95 % of the full cache's score",
+    "balanced": Named(
+        "hive@0.6+tiers(share=0.3)", "the least bytes with 99 % of the full cache's score"
     ),
+    "small": Named("hive@0.35+tiers", "the least bytes with 95 % of the full cache's score"),
 }
+
+
+def with_name(recipe: str) -> str:
+    """A recipe as it prints itself, behind its name where it has one."""
+    names = [name for name, named in NAMED.items() if named.recipe == recipe]
+    return f"{names[0]} = {recipe}" if names else recipe
 
 
 def unnamed(text: str) -> str:

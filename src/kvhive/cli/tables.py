@@ -8,6 +8,7 @@ from rich.text import Text
 
 from kvhive.comparison.result import Result
 from kvhive.comparison.results import measures
+from kvhive.named import with_name
 from kvhive.wrapping import wrap
 
 _LEAST_COLUMN = 26  # characters: narrower columns of prose are hard to read
@@ -43,7 +44,7 @@ def answer_tables(results: list[Result], width: int) -> list[Table]:
 
 
 def _cells(result: Result, width: int) -> list[Text]:
-    name = Text(wrap(result.recipe, width), style="bold")
+    name = Text(wrap(with_name(result.recipe), width), style="bold")
     if result.reference:
         name.append(" (reference)", style="not bold dim")
     return [name, *map(Text, measures(result))]
@@ -53,7 +54,7 @@ def _columns(results: list[Result], place: int, width: int) -> Table:
     table = _frame(results, place)
     for result in results:
         room = width // len(results) - 2
-        table.add_column(Text(wrap(result.recipe, room)), ratio=1, overflow="fold")
+        table.add_column(Text(wrap(with_name(result.recipe), room)), ratio=1, overflow="fold")
     table.add_row(*(_answer(result, results, place) for result in results))
     return table
 
@@ -64,7 +65,9 @@ def _lines(results: list[Result], place: int) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold", ratio=1)
     for result in results:
-        table.add_row(Text(wrap(result.recipe, _LEAST_COLUMN)), _answer(result, results, place))
+        table.add_row(
+            Text(wrap(with_name(result.recipe), _LEAST_COLUMN)), _answer(result, results, place)
+        )
     return table
 
 
