@@ -16,9 +16,9 @@ class Named:
 
 NAMED: Mapping[str, Named] = {
     "balanced": Named(
-        "hive@0.6+tiers(share=0.3)", "the least bytes with 99 % of the full cache's score"
+        "hive@0.6+tiers(share=0.3)", "99 % of the full cache's score at a fifth of its bytes"
     ),
-    "small": Named("hive@0.35+tiers", "the least bytes with 95 % of the full cache's score"),
+    "small": Named("hive@0.35+tiers", "95 % of the full cache's score at an eighth of its bytes"),
 }
 
 
