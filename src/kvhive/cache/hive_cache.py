@@ -48,7 +48,8 @@ class HiveCache(Cache):
 
     def __init__(self, recipe: Recipe, facts: ModelFacts, profile: Profile | None = None) -> None:
         profile = profile_for(recipe, facts, profile)
-        recipe.store.check_heads(facts.head_width)
+        for width in facts.head_widths:
+            recipe.store.check_heads(width)
         self.recipe = recipe
         self.facts = facts
         self._warned = False  # of a prompt that came without its second pass

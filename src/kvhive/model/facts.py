@@ -70,11 +70,14 @@ class ModelFacts:
         return self._fingerprint[0]
 
     @property
-    def head_width(self) -> int:
-        """Numbers in a head's key, as the config says."""
-        config = self.config
-        given: int | None = getattr(config, "head_dim", None)
-        return given or config.hidden_size // config.num_attention_heads
+    def head_widths(self) -> set[int]:
+        """Numbers in a head's key in the compressed layers, as the config says."""
+        each = getattr(self.config, "per_layer_config", None)
+        configs = [self.config] if each is None else [each[i] for i in self.full_layers]
+        return {
+            getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
+            for one in configs
+        }
 
     def loaded_model(self) -> PreTrainedModel:
         """The model itself. Raises `ValueError` when it is no longer loaded, or was not known to a
