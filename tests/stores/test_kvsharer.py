@@ -159,3 +159,24 @@ def test_layers_of_a_tiny_model_in_a_fork(model: PreTrainedModel) -> None:
     )
     assert cache.holding == (0,)
     assert cache.fork().holding == (0,)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("full+kvsharer(store=think)", r"kvsharer: think holds what queries of its own layer use"),
+        ("elastic@60+kvsharer(store=kivi)", r"kvsharer cannot replace single keys"),
+        ("full+kvsharer(store=less)", r"store must be one that reads no profile"),
+        ("full+kvsharer(store='rotated(bits=5)')", r"bits must be 2, 3, 4 or 8, got 5"),
+    ],
+)
+def test_stores_that_cannot_be_shared_are_refused(recipe: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.parse(recipe)
+
+
+def test_heads_are_checked_by_the_store_beneath(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"group=16 does not divide this model's heads"):
+        HiveCache.for_model(
+            model, "full+kvsharer(store='rotated(group=16)')", profile_of(model, [(1, 0)])
+        )

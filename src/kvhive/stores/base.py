@@ -129,12 +129,14 @@ class StoreKind(Spec):
     """Base of all stores' settings: frozen fields are knobs, `new` makes one layer's storage.
 
     calibration: the method whose profile it reads; None for no profile. rewritable: whether the key
-    of a single token can be replaced, as folding and turning it do. example: what to write before
+    of a single token can be replaced, as folding and turning it do. shareable: whether queries of
+    other layers may read what it holds (`kvsharer`). example: what to write before
     it in a recipe that shows what it does.
     """
 
     calibration: ClassVar[str | None] = None
     rewritable: ClassVar[bool] = True
+    shareable: ClassVar[bool] = True
     example: ClassVar[str] = "full"
 
     @property

@@ -51,6 +51,26 @@ class KVSharer(StoreKind):
                 f"{self.store!r}"
             )
 
+        if not self._inner.shareable:
+            raise ValueError(
+                f"kvsharer: {self._inner.name} holds what queries of its own layer use, and other "
+                f"layers would read it; take another store than {self.store!r}, such as rotated"
+            )
+
+    @property
+    def rewritable(self) -> bool:  # type: ignore[override]
+        """See the base; that of the other layers' store."""
+        return self._inner.rewritable
+
+    def check_heads(self, width: int) -> None:
+        """See the base."""
+        self._inner.check_heads(width)
+
+    @property
+    def fullest(self) -> StoreKind:
+        """See the base."""
+        return self._inner.fullest
+
     @property
     def _inner(self) -> StoreKind:
         return parse(STORES, self.store)

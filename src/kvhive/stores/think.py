@@ -40,6 +40,7 @@ class Think(PackedKind):
     """
 
     rewritable: ClassVar[bool] = False
+    shareable: ClassVar[bool] = False
 
     keep: float = knob(0.6, "share of a head's channels that older keys keep", least=0.0, most=1.0)
     recent: int = knob(32, "newest tokens that stay whole", least=0)
