@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if native.library() is None:
+    if native.loaded() is None:
         raise SystemExit("the C kernels are not compiled: python -m kvhive.kernels.native_build")
     rows, group, width = map(int, args.shape.split(","))
     per_token = PerToken(args.bits, 32)

@@ -129,7 +129,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert names - {LIBRARY} == (ours - {LIBRARY}) | {f"{about}/{file}" for file in files}
     assert "kvhive/py.typed" in names
     assert (LIBRARY in names) == (not wheel.stem.endswith("-none-any"))
-    assert LIBRARY in names or native.library() is None
+    assert LIBRARY in names or native.loaded() is None
 
 
 def test_a_wheel_is_built_without_a_compiler(built: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_report_as_json(plain):
 @pytest.mark.parametrize("there", [True, False])
 def test_c_kernels_are_no_duty(plain, monkeypatch, there):
     """How to get them is said where they are missing."""
-    monkeypatch.setattr(native, "library", lambda: object() if there else None)
+    monkeypatch.setattr(native, "loaded", lambda: object() if there else None)
     monkeypatch.setattr(native, "lanes", lambda: 8)
     found, code = report(plain)
     assert code == 0

@@ -19,9 +19,7 @@ from kvhive.kernels.bits import WIDTHS, grid, rounded, unpacked
 from kvhive.kernels.bits import packed as pack
 from tests.kernels.packed_cases import GRIDS, Case, case, cases
 
-compiled = pytest.mark.skipif(
-    native.library() is None, reason="the C kernels are not compiled here"
-)
+compiled = pytest.mark.skipif(native.loaded() is None, reason="the C kernels are not compiled here")
 LANES = [4, 8, 16]  # floats in a vector, of each set of instructions
 
 
@@ -131,7 +129,7 @@ def test_rows_beyond_their_arrays_are_refused(made: Case) -> None:
 def test_who_serves() -> None:
     """C takes what lies as it needs it, and torch the rest; the outcome is the same."""
     made = case([70, 9])
-    rows, there = made.rows, native.library() is not None
+    rows, there = made.rows, native.loaded() is not None
     assert native.serves(rows, made.query, made.weights) == there
     spread = made.weights.repeat_interleave(2, -1)[..., ::2]
     assert not native.serves(rows, made.query, spread)
@@ -145,15 +143,15 @@ def test_who_serves() -> None:
 
 def test_the_library_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVHIVE_NATIVE", "0")
-    native.library.cache_clear()
+    native.loaded.cache_clear()
     try:
-        assert native.library() is None
+        assert native.loaded() is None
         made = case([70, 9])
         assert not native.serves(made.rows, made.query, made.weights)
         check(packed, made)
     finally:
         monkeypatch.undo()
-        native.library.cache_clear()
+        native.loaded.cache_clear()
 
 
 @pytest.fixture
@@ -163,9 +161,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (tmp_path / name).write_bytes((native_build.HERE / name).read_bytes())
     with monkeypatch.context() as patch:
         patch.setattr(native_build, "HERE", tmp_path)
-        native.library.cache_clear()
+        native.loaded.cache_clear()
         yield tmp_path
-    native.library.cache_clear()
+    native.loaded.cache_clear()
 
 
 def test_without_a_compiler_there_is_no_library(
@@ -174,7 +172,7 @@ def test_without_a_compiler_there_is_no_library(
     monkeypatch.setattr(native_build, "COMPILERS", ("", "no-such-compiler", "false"))
     assert native_build.compiled(elsewhere) is None
     assert {path.name for path in elsewhere.iterdir()} == set(native_build.SOURCES)
-    assert native.library() is None
+    assert native.loaded() is None
 
 
 @compiled
@@ -184,11 +182,11 @@ def test_a_library_of_other_sources_is_left_alone(
     """An editable install whose sources went on would call it with what it does not know."""
     monkeypatch.setattr(native_build, "FLAGS", ("-O0", "-fPIC", "-shared"))
     native_build.compiled(elsewhere)
-    assert native.library() is not None
-    native.library.cache_clear()
+    assert native.loaded() is not None
+    native.loaded.cache_clear()
     with (elsewhere / native_build.SOURCES[0]).open("a") as source:
         source.write("/* changed */")
-    assert native.library() is None
+    assert native.loaded() is None
 
 
 @st.composite

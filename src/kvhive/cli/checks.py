@@ -164,7 +164,7 @@ def _c_kernels() -> Check:
     """Whether packed stores decode in C on a CPU."""
     from kvhive.kernels import native
 
-    if native.library() is not None:
+    if native.loaded() is not None:
         return Check("c kernels", f"compiled; {native.lanes()} numbers at a time")
     if native.turned_off():
         return Check("c kernels", "turned off by KVHIVE_NATIVE=0")

@@ -30,7 +30,7 @@ def turned_off() -> bool:
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """What was compiled from the sources that are here; None where that is not so."""
     if turned_off():
         return None
@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL | None:
 @lru_cache(maxsize=1)
 def lanes() -> int:
     """Floats in a vector, with the best instructions that this machine has."""
-    found = library()
+    found = loaded()
     assert found is not None
     return int(found.kvhive_lanes())
 
@@ -61,7 +61,7 @@ def serves(rows: PackedRows, dense: Tensor, scores: Tensor) -> bool:
     the numbers of a head, and nothing to be differentiated.
     """
     return (
-        library() is not None
+        loaded() is not None
         and rows.codes.is_cpu
         and rows.codes.is_contiguous()
         and rows.grids.is_contiguous()
@@ -96,14 +96,14 @@ def codes(numbers: Tensor, dtype: torch.dtype) -> bool:
     """
     learns = numbers.requires_grad and torch.is_grad_enabled()
     fits = dtype in DTYPES and numbers.shape[1] <= WIDEST
-    return library() is not None and numbers.is_cpu and fits and not learns
+    return loaded() is not None and numbers.is_cpu and fits and not learns
 
 
 def coded(
     numbers: Tensor, bits: int, group: int, dtype: torch.dtype, ends: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `packed.coded`, the same bits, for what `codes` admits."""
-    found = library()
+    found = loaded()
     assert found is not None
     numbers = numbers.float().contiguous()
     tokens, width = numbers.shape
@@ -137,7 +137,7 @@ def coded(
 
 
 def _run(product: str, dense: Tensor, scores: Tensor, rows: PackedRows, at: Tensor) -> None:
-    found, runs = library(), rows.runs
+    found, runs = loaded(), rows.runs
     assert found is not None
     listed = [at.contiguous(), rows.starts.contiguous(), rows.lengths.contiguous()]
     if runs is not None:

@@ -13,6 +13,8 @@ from kvhive.kernels import Ask, Needs, Observed, Rows, attend, report, segments
 from kvhive.kernels.chunked import CHUNK, columns_of
 from kvhive.kernels.dispatch import attend_packed, serves_packed
 from kvhive.plan import Plan
+from kvhive.stores._columned import Columned
+from kvhive.stores._ends import aligned_labels, ends, plain_rows
 from kvhive.stores._exact import Exact, aligned
 from kvhive.stores._merging import fold
 from kvhive.stores._part import Form
@@ -60,7 +62,7 @@ class PackedKind(StoreKind):
         return PackedStore(self)
 
 
-class PackedStore(Store):
+class PackedStore(Columned):
     """Keys and values, each a `Side` of rows (batch row, KV head) that may hold different numbers.
 
     A prompt is attended to as it is and packed when its step is over, after the eviction. Decoding
@@ -110,8 +112,8 @@ class PackedStore(Store):
             self._tiers = None
             self._dtype = keys.dtype
             self.packing = packing = self._packing(keys.shape[3], values.shape[3])
-            self._keys = Side(Exact(_plain(keys)), packing.keys)
-            self._values = Side(Exact(_plain(values)), packing.values)
+            self._keys = Side(Exact(plain_rows(keys)), packing.keys)
+            self._values = Side(Exact(plain_rows(values)), packing.values)
         else:
             for side, new in ((self._keys, keys), (self._values, values)):
                 side.exact.append(new.flatten(0, 1), AHEAD)
@@ -357,96 +359,6 @@ class PackedStore(Store):
         block: Tensor = side.columns(first, last).unflatten(0, (self.batch, self.heads))
         return block
 
-    # ---- rows, slots and columns ----------------------------------------------------------------
-
-    @property
-    def _sides(self) -> tuple[Side, Side]:
-        return self._keys, self._values
-
-    def _exact(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[b, K, n, d]` while all are exact."""
-        size = self.batch, self.heads
-        keys, values = (side.exact.tokens.unflatten(0, size) for side in self._sides)
-        return keys, values
-
-    def _packed_counts(self) -> Tensor:
-        """int64 `[R]` on the CPU: packed keys of each row."""
-        lengths = torch.zeros(self.batch * self.heads, dtype=torch.int64)
-        for part in self._keys.parts:
-            lengths = lengths + part.lengths
-        return lengths
-
-    def _counts(self) -> Tensor:
-        """int64 `[R]` on the CPU: tokens of each row."""
-        return self._keys.sink_counts + self._keys.lengths
-
-    def _look(self) -> None:
-        """Find out whether slots are columns: every row holds as many, in one part at most."""
-        side, level = self._keys, self._keys.exact.missing is None and len(self._keys.parts) < 2
-        if level and side.parts:
-            level = bool((side.parts[0].lengths == side.parts[0].longest).all())
-        self._level = level and side.width == self.length
-
-    def _column(self) -> tuple[Tensor, Tensor]:
-        """int64 `[R, length]`, the column of each slot, and bool, as large: whether it holds a
-        token; what an empty slot's column is means nothing.
-        """
-        side, device = self._keys, self._keys.exact.tokens.device
-        counts, sinks = (
-            self._counts().to(device)[:, None],
-            self._keys.sink_counts.to(device)[:, None],
-        )
-        slot = torch.arange(self.length, device=device)
-        place = slot - (self.length - counts)  # among the tokens of the row
-        column = side.width - self.length + slot + torch.zeros_like(place)
-        if self._tiers is not None:
-            packed = self._packed_counts().to(device)[:, None]
-            inside = (place >= sinks) & (place < sinks + packed)
-            size = self._tiers.shape[1]
-            label = (place - sinks + size - packed).clamp(0, max(size - 1, 0))
-            tier = self._tiers.gather(1, label) if size else torch.zeros_like(label)
-            for number, start in enumerate(side.places()):
-                own = inside & (tier == number)
-                column = torch.where(own, start.to(device)[:, None] + own.cumsum(1) - 1, column)
-        column = torch.where(place < sinks, side.exact.sinks - sinks + place, column)
-        return column.clamp(0, max(side.width - 1, 0)), place >= 0
-
-    def _seen(self, ask: Ask) -> Tensor | None:
-        """bool `[R, width]`: columns that hold a token, of those that `ask.valid` leaves; None: all
-        do.
-        """
-        if self._level:
-            return None if ask.valid is None else ask.valid.flatten(0, 1)
-        marked = torch.ones(self.batch * self.heads, self.length, dtype=torch.bool)
-        marked = marked.to(self._keys.exact.tokens.device)
-        return self._marked(marked if ask.valid is None else ask.valid.flatten(0, 1))
-
-    def _marked(self, slots: Tensor) -> Tensor:
-        """bool `[R, width]`: the columns of the slots marked in bool `[R, length]`."""
-        if self._level:
-            return slots
-        column, held = self._column()
-        nowhere = self._keys.width
-        marked = slots.new_zeros(len(slots), nowhere + 1)
-        marked.scatter_(1, torch.where(held & slots, column, nowhere), torch.ones_like(slots))
-        return marked[:, :nowhere]
-
-    def _slots(self, columns: Tensor) -> Tensor:
-        """Of `[b, heads, ..., width]`, `[b, heads, ..., length]`: columns as slots, zeros for empty
-        ones; heads are KV heads or query heads.
-        """
-        if self._level:
-            return columns
-        column, held = self._column()
-        size = *columns.shape[:2], *[1] * (columns.dim() - 3), self.length
-        each = columns.shape[1] // self.heads
-        shape = self.batch, self.heads, self.length
-        column, held = (
-            one.view(shape).repeat_interleave(each, 1).view(size) for one in (column, held)
-        )
-        taken: Tensor = torch.take_along_dim(columns, column, -1) * held
-        return taken
-
     # ---- packing, folding, dropping -------------------------------------------------------------
 
     def _arrange(self, keep: Tensor | None, best: Tensor | None) -> None:
@@ -473,7 +385,7 @@ class PackedStore(Store):
             inside = (place >= sinks[row]) & (place < first[row])
             flat = side.exact.tokens[keep]
             most_sinks = min(packing.sinks, int(counts.max()))
-            made = Side(Exact(*_ends(flat, counts, sinks, tail), most_sinks), side.forms)
+            made = Side(Exact(*ends(flat, counts, sinks, tail), most_sinks), side.forms)
             for number in range(len(side.forms)):
                 if tier is None and number:
                     break
@@ -484,7 +396,7 @@ class PackedStore(Store):
             sides.append(made)
             if side is self._keys and len(side.forms) > 1:
                 labels = torch.zeros_like(row) if tier is None else tier
-                self._tiers = _aligned_labels(labels[inside], row[inside], len(keep))
+                self._tiers = aligned_labels(labels[inside], row[inside], len(keep))
         self._keys, self._values = sides
         self._whole = False
 
@@ -544,37 +456,3 @@ class PackedStore(Store):
         ).to(before.device)
         order, _ = aligned(keep)
         self._tiers = torch.nn.functional.pad(before, (0, most)).gather(1, order)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """`[b, K, q, d]` as rows `[b * K, q, d]` that may be written to later."""
-    rows = tensor.reshape(-1, *tensor.shape[2:])
-    return rows.clone() if rows.is_inference() else rows
-
-
-def _ends(
-    flat: Tensor, counts: Tensor, sinks: Tensor, tail: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Of tokens `[N, d]`, `counts` of each row one row after another: the first `sinks` and the
-    last `tail` of each row, `[R, most sinks + longest tail, d]`, both right-aligned, and which
-    columns are missing; None: none is. All int64 `[R]`.
-    """
-    base = counts.cumsum(0) - counts
-    parts, missing = [], []
-    for size, end in ((sinks, base + sinks), (tail, base + counts)):
-        most = int(size.max())
-        back = torch.arange(most, 0, -1, device=flat.device)
-        parts.append((end[:, None] - back).clamp(0, max(len(flat) - 1, 0)))
-        missing.append(back > size[:, None])
-    gone = torch.cat(missing, 1)
-    return flat[torch.cat(parts, 1)], gone if bool(gone.any()) else None
-
-
-def _aligned_labels(labels: Tensor, row: Tensor, rows: int) -> Tensor:
-    """uint8 `[rows, most]`, right-aligned, of labels `[N]` in rows `[N]`, one row after another."""
-    counts = row.bincount(minlength=rows)
-    most = int(counts.max()) if rows else 0
-    held = torch.arange(most, device=row.device) >= most - counts[:, None]
-    found = torch.zeros(rows, most, dtype=torch.uint8, device=row.device)
-    found[held] = labels.to(torch.uint8)
-    return found
