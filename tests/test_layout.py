@@ -21,7 +21,7 @@ TIERS = (  # from the ground up: a place knows places of lower tiers and its own
     {"policies", "allocations", "stores"},
     {"recipe", "model"},
     {"cache"},
-    {"inference", "planning"},
+    {"inference", "planning", "lengths"},
     {"learning"},
     {"comparison"},
     {"html"},

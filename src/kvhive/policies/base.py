@@ -119,6 +119,18 @@ class Policy(Spec):
         """Whether `choose` folds slots into others, which then hold keys no token wrote."""
         return False
 
+    @property
+    def even(self) -> bool:
+        """Whether lengths alone say how many tokens a head holds, the same in all heads: what
+        engines can serve that have one length for a request (`kvhive.lengths`).
+        """
+        return self.granularity != "model"
+
+    @property
+    def observes(self) -> bool:
+        """Whether the policy learns anything from a step."""
+        return _writes(type(self), "observe")
+
     def for_layer(self, layer: int, layers: int, tokens: int | None) -> Policy:
         """The policy to use in layer `layer` of `layers`; most methods treat all alike.
 

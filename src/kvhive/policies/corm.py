@@ -84,6 +84,11 @@ class Corm(Policy):
         due = seen >= remembered and seen % self.every == 0
         return 0 if due else min(seen, self.cap or seen)
 
+    @property
+    def even(self) -> bool:
+        """A head holds as many tokens as were voted for."""
+        return False
+
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Push a row of bits for each query: p >= its even share."""
         assert seen.rows is not None

@@ -72,6 +72,11 @@ class ScissorhandsPercentile(Policy):
         """Who is visible."""
         return Rule(self.history, self.recent, self.start, self.keep_fraction)
 
+    @property
+    def even(self) -> bool:
+        """A head holds as many tokens as were endorsed."""
+        return False
+
     def observe(self, slots: Slots, seen: Observed) -> None:
         """Let the step's queries endorse."""
         assert seen.queries is not None and seen.keys is not None
