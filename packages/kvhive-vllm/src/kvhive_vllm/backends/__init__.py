@@ -1,0 +1,17 @@
+"""Attention that reports: one subclass of the engine's own backend a kernel, registered in its
+place. What attention gives is the engine's own.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+OURS = {
+    AttentionBackendEnum.CPU_ATTN: "kvhive_vllm.backends.cpu.HiveCpuBackend",
+}
+
+
+def register() -> None:
+    """Called in a worker's process before any layer is built."""
+    for backend, path in OURS.items():
+        register_backend(backend, path)

@@ -1,0 +1,58 @@
+"""Numbers that the scheduler counts and the server shows, although they are two processes.
+
+vLLM hands statistics over in a fixed form that knows none of ours. So they lie in a small file that
+both map into memory, named after the engine.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+from vllm.config import VllmConfig
+
+FORM = struct.Struct("4q")
+
+
+class Counters:
+    """The scheduler's end. A file of the same name that was left over is replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.unlink(missing_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.truncate(file, FORM.size)
+            self._map = mmap.mmap(file, FORM.size)
+        finally:
+            os.close(file)
+
+    @classmethod
+    def of(cls, config: VllmConfig) -> Counters:
+        """Of an engine."""
+        return cls(place(config, config.parallel_config.data_parallel_index))
+
+    def write(self, dropped: int, freed: int, blocks: int, requests: int) -> None:
+        """Tokens dropped and blocks freed since the start; blocks held now, by so many requests."""
+        FORM.pack_into(self._map, 0, dropped, freed, blocks, requests)
+
+    def close(self) -> None:
+        """Nobody counts any more."""
+        self.path.unlink(missing_ok=True)
+
+
+def place(config: VllmConfig, engine: int) -> Path:
+    """Where an engine of a data-parallel group counts."""
+    return Path(tempfile.gettempdir()) / f"kvhive-vllm-{config.instance_id}-{engine}"
+
+
+def read(path: Path) -> tuple[int, int, int, int] | None:
+    """What `write` wrote last; None: no engine counts there, or on another machine."""
+    try:
+        dropped, freed, blocks, requests = FORM.unpack(path.read_bytes())
+    except (FileNotFoundError, struct.error):
+        return None
+    return dropped, freed, blocks, requests

@@ -1,0 +1,67 @@
+"""What `/metrics` gains: a plug-in of vLLM's statistics (group `vllm.stat_logger_plugins`).
+
+It is loaded with every server where this package is installed, and does nothing without a recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter, Gauge
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from kvhive_vllm import counters
+from kvhive_vllm.refusals import recipe_of
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class HiveStatLogger(StatLoggerBase):
+    """Tokens dropped, blocks freed and blocks that a request holds, of one engine."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self._path = counters.place(vllm_config, engine_index)
+        self._on = recipe_of(vllm_config) is not None
+        self._before = (0, 0)
+        self._shown = (0, 0)
+        if self._on:
+            self._dropped, self._freed, self._blocks = (
+                metric.labels(engine=str(engine_index)) for metric in _metrics()
+            )
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+        """Called after every step of the engine, in the server's process."""
+        read = counters.read(self._path) if self._on and scheduler_stats is not None else None
+        if read is None:
+            return
+        dropped, freed, blocks, requests = read
+        self._dropped.inc(dropped - self._before[0])
+        self._freed.inc(freed - self._before[1])
+        self._blocks.set(blocks / requests if requests else 0.0)
+        self._before = dropped, freed
+
+    def log_engine_initialized(self) -> None:
+        """The workers have said what is on."""
+
+    def log(self) -> None:
+        """One line, as often as vLLM writes its own, where something went."""
+        if self._before != self._shown:
+            logger.info("kvhive: %d tokens dropped, %d blocks freed since the start", *self._before)
+            self._shown = self._before
+
+
+def _metrics() -> tuple[Any, Any, Any]:
+    """Of this process, made once."""
+    return (
+        _metric(Counter, "kvhive_tokens_dropped", "Tokens that left the KV cache by a recipe"),
+        _metric(Counter, "kvhive_blocks_freed", "Blocks of the KV cache that they gave back"),
+        _metric(Gauge, "kvhive_blocks_per_request", "Blocks held by a running request, mean"),
+    )
+
+
+def _metric(kind: type[Any], name: str, text: str) -> Any:
+    known = REGISTRY._names_to_collectors.get(name)
+    options = {"multiprocess_mode": "mostrecent"} if kind is Gauge else {}
+    return known or kind(name, text, ["engine"], **options)
