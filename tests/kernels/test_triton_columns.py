@@ -56,9 +56,9 @@ def agrees(query: Tensor, keys: Tensor, needs: Needs, causal: bool = True) -> No
 
 
 @given(
-    q=st.one_of(st.sampled_from([1, 16, 64, 65]), st.integers(2, 130)),
-    older=st.sampled_from([0, 0, 1, 63, 64, 150]),
-    heads=st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7), (2, 8)]),
+    q=st.one_of(st.sampled_from([1, 16, 64, 65]), st.integers(2, 40)),
+    older=st.sampled_from([0, 0, 1, 63, 64, 90]),
+    heads=st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7)]),
     width=st.sampled_from([64, 80, 128, 256]),
     dtype=st.sampled_from(list(TOLERANCE)),
     batch=st.integers(1, 2),
@@ -66,7 +66,7 @@ def agrees(query: Tensor, keys: Tensor, needs: Needs, causal: bool = True) -> No
     causal=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_same_as_the_reference(
     q: int,
     older: int,
