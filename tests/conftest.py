@@ -28,6 +28,7 @@ UNCHECKED = (
     "comparison",
     "html",
     "inference",
+    "kernels.triton_columns_programs",
     "kernels.triton_packed_programs",
     "kernels.triton_pieces",
     "kernels.triton_programs",

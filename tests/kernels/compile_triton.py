@@ -19,12 +19,16 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kvhive.kernels import (
+    Ask,
     Needs,
+    triton_columns,
+    triton_columns_programs,
     triton_packed,
     triton_packed_programs,
     triton_programs,
     triton_ragged,
 )
+from kvhive.step import Step
 from tests.kernels import packed_segment_cases, ragged_cases
 from tests.kernels.packed_segment_cases import EXACT, Part
 
@@ -52,6 +56,11 @@ PACKED = {
     "one query": {**KIVI, "widths": (128, 128), "dtype": torch.bfloat16},
     "widest": {**EIGHT, "group": 2, "widths": (256, 256), "dtype": torch.float32, "q": 16},
     "odd": {**THREE, "group": 11, "widths": (80, 96), "dtype": torch.float16, "q": 5},
+}
+COLUMNS = {
+    "prompt": {"width": 128, "dtype": torch.bfloat16, "q": 512, "group": 4},
+    "widest": {"width": 256, "dtype": torch.float32, "q": 512, "group": 2},
+    "odd": {"width": 80, "dtype": torch.float16, "q": 5, "group": 7, "fold": False},
 }
 
 
@@ -92,10 +101,12 @@ class Launch:
         places = {(names.index(name),): value for name, value in constants.items()}
         passed = dict(leaves(arguments))
         absent = {place: None for place, argument in passed.items() if argument is None}
+        plain = [parameter.do_not_specialize for parameter in self.program.params]
         aligned = {
             place: [["tt.divisibility", 16]]
             for place, argument in passed.items()
             if isinstance(argument, torch.Tensor)
+            or (isinstance(argument, int) and argument % 16 == 0 and not plain[place[0]])
         }
         source = ASTSource(self.program, types, absent | places, aligned)
         built = triton.compile(source, target=GPUTarget("cuda", self.capability, 32))
@@ -107,7 +118,8 @@ def launches(module: Any, capability: int, shared: list[int]) -> SimpleNamespace
     """A module's programs, to be compiled instead of launched."""
     programs = {
         name: Launch(getattr(module, name), capability, shared)
-        for name in ("attend", "merge", "report")
+        for name in module.__all__
+        if name != "factors"
     }
     return SimpleNamespace(**programs, factors=module.factors)
 
@@ -130,7 +142,22 @@ def packed(shared: list[int], capability: int, settings: dict[str, Any]) -> None
     triton_packed.report(one.query, one.segments, lse, one.scale, one.needs, one.length)
 
 
-KERNELS = {"ragged": (ragged, RAGGED), "packed": (packed, PACKED)}
+def columns(shared: list[int], capability: int, settings: dict[str, Any]) -> None:
+    """The programs for column sums."""
+    programs = launches(triton_columns_programs, capability, shared)
+    triton_columns._programs = lambda: programs
+    q, width, group = settings["q"], settings["width"], settings["group"]
+    query = torch.zeros(1, q, group, width, dtype=settings["dtype"]).transpose(1, 2)
+    keys = query.new_zeros(1, 1, 512, width)
+    ask = Ask(Step.plain(0, q), 1.0, Needs(columns="square", fold=settings.get("fold", True)))
+    triton_columns.columns(query, keys, ask)
+
+
+KERNELS = {
+    "ragged": (ragged, RAGGED),
+    "packed": (packed, PACKED),
+    "columns": (columns, COLUMNS),
+}
 
 
 def compiled(kernel: str, capability: int) -> dict[str, list[int]]:

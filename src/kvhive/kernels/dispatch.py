@@ -7,12 +7,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kvhive.kernels import chunked, fused, segments, triton_packed, triton_ragged, triton_tiles
+from kvhive.kernels import (
+    chunked,
+    fused,
+    segments,
+    triton_columns,
+    triton_packed,
+    triton_ragged,
+    triton_tiles,
+)
 from kvhive.kernels.contracts import Ask, Observed, Rows
 from kvhive.kernels.packed_segments import Segment
 from kvhive.kernels.ragged import Extents, Seen
 
-LAUNCHED = ("cuda",)  # devices on which ragged rows are served in one launch
+LAUNCHED = ("cuda",)  # devices on which Triton's programs are launched
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tensor, Observed]:
@@ -49,9 +57,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
 def report(query: Tensor, keys: Tensor, ask: Ask) -> Observed:
     """What `attend` reports, without attending: for one more policy on a step already computed, and
     for drafted tokens that were accepted.
+
+    On a GPU, columns come from Triton where they fit; experimental: never run on a GPU yet.
     """
     query = query.to(keys.dtype)
-    columns = chunked.columns(query, keys, ask)
+    launched = keys.device.type in LAUNCHED and triton_tiles.available()
+    fast = launched and triton_columns.fits(query, keys, ask)
+    columns = (triton_columns if fast else chunked).columns(query, keys, ask)
     return _observed(query, keys, ask, columns, chunked.tail_rows(query, keys, ask))
 
 

@@ -169,7 +169,9 @@ def attend(
                 WIDE_D,
                 FACTORS,
             )
-            logits = masked_logits(queries, key, there, number, at + place, end, scale, Q, FACTORS)
+            logits = masked_logits(
+                queries, key, there, end - Q + number, at + place, scale, FACTORS
+            )
             value = _tokens(
                 segments[one][1],
                 values,

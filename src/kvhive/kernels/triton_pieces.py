@@ -34,35 +34,52 @@ def entries(tile, GROUP: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, QUE
 @triton.jit
 def load_block(flat, slot, there, W: tl.constexpr, WIDE: tl.constexpr):
     """`[slots, WIDE]` of flat `[S, W]`, zeros where nothing is."""
-    column = tl.arange(0, WIDE)
-    mask = there[:, None] & (column < W)[None, :]
-    return tl.load(flat + slot[:, None] * W + column[None, :], mask=mask, other=0.0)
+    return load_rows(flat, slot * W, there, W, WIDE)
 
 
 @triton.jit
-def masked_logits(
-    queries, keys, there, number, place, length, scale, Q: tl.constexpr, FACTORS: tl.constexpr
-):
+def load_rows(flat, start, there, W: tl.constexpr, WIDE: tl.constexpr):
+    """`[rows, WIDE]`: the W numbers from each start on, zeros where nothing is."""
+    column = tl.arange(0, WIDE)
+    mask = there[:, None] & (column < W)[None, :]
+    return tl.load(flat + start[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def masked_logits(queries, keys, there, last, place, scale, FACTORS: tl.constexpr):
     """`[queries, slots]`, minus infinity where a query does not see a slot.
 
-    place: of each slot in its row; there: whether it is one that can be seen.
+    place: of each slot in its row; there: whether it is one that can be seen; last: the last place
+    that each query sees.
     """
     product = tl.dot(queries.to(FACTORS), tl.trans(keys.to(FACTORS)), input_precision="ieee")
-    seen = there[None, :] & (place[None, :] <= (length - Q + number)[:, None])
+    seen = there[None, :] & (place[None, :] <= last[:, None])
     return tl.where(seen, product * scale, NEVER)
 
 
 @triton.jit
-def absorb(logits, value, most, total, sums, FACTORS: tl.constexpr):
-    """The largest logit so far, the sum of exp(logit - largest) and of the values so weighed, with
-    those of one more tile, `value` `[slots, WIDE_E]`.
+def weigh(logits, most, total):
+    """The largest logit so far and the sum of exp(logit - largest), with those of one more tile;
+    and the tile's weights, and what weights summed before shrink by.
     """
     highest = tl.maximum(most, tl.max(logits, 1))
     base = tl.where(highest > NEVER, highest, 0.0)
     weights = tl.exp(logits - base[:, None])
     shrink = tl.exp(most - base)
+    return highest, total * shrink + tl.sum(weights, 1), weights, shrink
+
+
+@triton.jit
+def log_sum(most, total):
+    """The log-sum-exp, minus infinity where nothing was seen."""
+    return tl.where(total > 0.0, most + tl.log(tl.where(total > 0.0, total, 1.0)), NEVER)
+
+
+@triton.jit
+def absorb(logits, value, most, total, sums, FACTORS: tl.constexpr):
+    """As `weigh`, with the sum of the values so weighed, `value` `[slots, WIDE_E]`."""
+    highest, total, weights, shrink = weigh(logits, most, total)
     rounded = weights.to(value.dtype).to(FACTORS)
-    total = total * shrink + tl.sum(weights, 1)
     sums = sums * shrink[:, None]
     sums += tl.dot(rounded, value.to(FACTORS), input_precision="ieee")
     return highest, total, sums
@@ -73,9 +90,8 @@ def store_part(
     parts, part_lse, target, real, most, total, sums, E: tl.constexpr, WIDE_E: tl.constexpr
 ):
     """Write what a split found: `parts` normalised within it, and `part_lse`."""
-    any_seen = total > 0.0
-    total = tl.where(any_seen, total, 1.0)
-    lse = tl.where(any_seen, most + tl.log(total), NEVER)
+    lse = log_sum(most, total)
+    total = tl.where(total > 0.0, total, 1.0)
     column = tl.arange(0, WIDE_E)
     mask = real[:, None] & (column < E)[None, :]
     tl.store(parts + target[:, None] * E + column[None, :], sums / total[:, None], mask=mask)
@@ -119,7 +135,7 @@ def votes(
         head, number, real = entries(tile, GROUP, Q, HEADS, QUERIES)
         source = row * GROUP * Q + head * Q + number
         queries = load_block(query, source, real, D, WIDE_D)
-        logits = masked_logits(queries, key, there, number, place, length, scale, Q, FACTORS)
+        logits = masked_logits(queries, key, there, length - Q + number, place, scale, FACTORS)
         whole = tl.load(lse + source, mask=real, other=NEVER)
         seeing = whole > NEVER
         weights = tl.exp(logits - tl.where(seeing, whole, 0.0)[:, None])
@@ -175,10 +191,7 @@ def merge(
         total = total * shrink + weight
         sums = sums * shrink + part * weight
         most = highest
-    any_seen = total > 0.0
-    total = tl.where(any_seen, total, 1.0)
     target = row * entries + entry
-    merged = (sums / total).to(out.dtype.element_ty)
+    tl.store(lse + target + tl.arange(0, 1), log_sum(most, total))
+    merged = (sums / tl.where(total > 0.0, total, 1.0)).to(out.dtype.element_ty)
     tl.store(out + target * E + column, merged, mask=column < E)
-    merged_lse = tl.where(any_seen, most + tl.log(total), NEVER)
-    tl.store(lse + target + tl.arange(0, 1), merged_lse)

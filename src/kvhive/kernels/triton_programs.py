@@ -68,7 +68,7 @@ def attend(
         if valid is not None:
             there = there & (tl.load(valid + slot, mask=there, other=0) != 0)
         key = load_block(keys, slot, there, D, WIDE_D)
-        logits = masked_logits(queries, key, there, number, place, length, scale, Q, FACTORS)
+        logits = masked_logits(queries, key, there, length - Q + number, place, scale, FACTORS)
         value = load_block(values, slot, there, E, WIDE_E)
         most, total, sums = absorb(logits, value, most, total, sums, FACTORS)
     target = (row * splits + split) * GROUP * Q + entry
