@@ -7,7 +7,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kvhive.kernels import chunked, fused, segments, triton_packed, triton_ragged, triton_tiles
+from kvhive.kernels import (
+    chunked,
+    fused,
+    native_columns,
+    segments,
+    triton_packed,
+    triton_ragged,
+    triton_tiles,
+)
 from kvhive.kernels.contracts import Ask, Observed, Rows
 from kvhive.kernels.packed_segments import Segment
 from kvhive.kernels.ragged import Extents, Seen
@@ -28,9 +36,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
     columns: Tensor | None = None
     rows: Rows | None = None
     singly = query.shape[2] == 1
-    asked = ask.lse or (ask.needs.attention if singly else ask.needs.columns is not None)
-    if not asked and fused.fits(query, keys, values, ask):
+    apart = not singly and ask.causal and native_columns.serves(query, keys, ask)
+    together = ask.needs.attention if singly else ask.needs.columns is not None and not apart
+    if not (together or ask.lse) and fused.fits(query, keys, values, ask):
         out = fused.attend(query, keys, values, ask)
+        columns = native_columns.columns(query, keys, ask) if apart else None
     elif singly:
         out, columns, rows, lse = chunked.decode(query, keys, values, ask)
         return out, replace(_observed(query, keys, ask, columns, rows), lse=lse)
@@ -51,7 +61,8 @@ def report(query: Tensor, keys: Tensor, ask: Ask) -> Observed:
     for drafted tokens that were accepted.
     """
     query = query.to(keys.dtype)
-    columns = chunked.columns(query, keys, ask)
+    kernel = native_columns if native_columns.serves(query, keys, ask) else chunked
+    columns = kernel.columns(query, keys, ask)
     return _observed(query, keys, ask, columns, chunked.tail_rows(query, keys, ask))
 
 
