@@ -196,9 +196,10 @@ def test_who_serves() -> None:
 
 
 @compiled
-def test_a_prompt_is_attended_to_by_torch_and_counted_in_c() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_prompt_is_attended_to_by_torch_and_counted_in_c(dtype: torch.dtype) -> None:
     """With torch's own numbers; `report` tells the same."""
-    made = case(90, 90, dtype=torch.float32)
+    made = case(90, 90, dtype=dtype)
     out, seen = attend(made.query, made.keys, made.keys, made.ask)
     expected = torch.nn.functional.scaled_dot_product_attention(
         made.query, made.keys, made.keys, is_causal=True, scale=made.ask.scale, enable_gqa=True
