@@ -3,7 +3,7 @@
  *
  * ROWS queries of a KV head at a time meet all slots they see: products, weights below the largest
  * so far, and, once the sum of them is known, their shares. Nothing is worked out twice, and scratch
- * is ROWS x slots a thread, beside the keys of one KV head. The body, _columns_tile.h, is compiled
+ * is ROWS x slots a thread, beside the keys. The body, _columns_tile.h, is compiled
  * once for each set of instructions.
  */
 
@@ -16,7 +16,7 @@ enum { SPAN = 64 };                          /* slots that are multiplied at a t
 enum { BLOCK = 256 };                        /* slots that are weighed at a time */
 enum { PITCH = BLOCK + 16 };                 /* between rows, lest they share a line of the cache */
 enum { SCORES = ROWS * PITCH + ROWS };       /* a block: weights, and the largest product of each row */
-enum { WORTH = 1 << 20 };                    /* products that are worth one more thread */
+enum { WORTH = 1 << 22 };                    /* products that are worth one more thread */
 
 /* Written by native_columns.py, 8 bytes each. Strides count bytes. */
 typedef struct {
@@ -103,78 +103,94 @@ static Body chosen(const Step *step)
     return BODY(4);
 }
 
-/* Floats that lie one behind the other: keys as they are arranged, and for each of a team of threads
- * scores and columns. */
+/* Floats that lie one behind the other: all keys as they are arranged, and for each of a team of
+ * threads scores and columns of its own. */
 typedef struct {
-    int64_t team, pitch;          /* threads; slots, filled up to whole spans */
-    int64_t keys, scores, columns; /* sizes */
+    int64_t team, pitch;  /* threads; slots, filled up to whole spans */
+    int64_t keys, columns; /* of one KV head */
+    int64_t scores, apart; /* of a thread; from a thread's to the next one's */
     float *all;
 } Scratch;
 
-/* Write what one KV head's keys receive. Each thread has columns of its own, which are summed in the
- * order of threads. */
-static void serve(const Step *step, const Body *body, const Scratch *scratch, const char *query,
-                  const char *keys, float *columns)
+/* What thread `part` of `parts` does first: its share of every KV head's keys. */
+static void arrange(const Step *step, const Body *body, const Scratch *scratch, int64_t part,
+                    int64_t parts)
 {
-    const int64_t spans = scratch->pitch / SPAN, rows = step->queries * step->group;
-    float *arranged = scratch->all, *own = arranged + scratch->keys;
-    const int64_t apart = scratch->scores + scratch->columns;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(scratch->team) if (scratch->team > 1)
-#endif
-    {
-#if defined(_OPENMP)
-        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-#else
-        const int64_t part = 0, parts = 1;
-#endif
-        float *scores = own + part * apart, *sums = scores + scratch->scores;
-        memset(sums, 0, scratch->columns * sizeof *sums);
-        body->arrange(step, keys, spans * part / parts * SPAN, spans * (part + 1) / parts * SPAN,
-                      arranged);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-        for (int64_t first = part * ROWS; first < rows; first += parts * ROWS)
-            body->vote(step, query, arranged, first, scores, sums, scratch->pitch);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-        const int64_t from = step->slots * part / parts, to = step->slots * (part + 1) / parts;
-        for (int64_t head = 0; head < (step->fold ? 1 : step->group); head++)
-            for (int64_t slot = from; slot < to; slot++) {
-                const float *some = own + scratch->scores + head * scratch->pitch + slot;
-                float sum = 0;
-                for (int64_t other = 0; other < parts; other++)
-                    sum += some[other * apart];
-                columns[head * step->slots + slot] = sum;
-            }
-    }
+    const int64_t spans = scratch->pitch / SPAN;
+    for (int64_t head = 0; head < step->batch * step->kv_heads; head++)
+        body->arrange(step,
+                      step->keys + head / step->kv_heads * step->key_row +
+                          head % step->kv_heads * step->key_head,
+                      spans * part / parts * SPAN, spans * (part + 1) / parts * SPAN,
+                      scratch->all + head * scratch->keys);
+}
+
+/* Then, all keys being arranged: queries, by turns, into columns of its own, `scores` apart. */
+static void vote(const Step *step, const Body *body, const Scratch *scratch, int64_t part,
+                 int64_t parts, float *scores)
+{
+    const int64_t all = step->batch * step->kv_heads;
+    float *columns = scores + scratch->scores;
+    memset(columns, 0, all * scratch->columns * sizeof *columns);
+    for (int64_t head = 0, turn = 0; head < all; head++)
+        for (int64_t first = 0; first < step->queries * step->group; first += ROWS, turn++)
+            if (turn % parts == part)
+                body->vote(step,
+                           step->query + head / step->kv_heads * step->query_row +
+                               head % step->kv_heads * step->group * step->query_head,
+                           scratch->all + head * scratch->keys, first, scores,
+                           columns + head * scratch->columns, scratch->pitch);
+}
+
+/* At last: its share of slots, summed in the order of threads. */
+static void sum(const Step *step, const Scratch *scratch, int64_t part, int64_t parts,
+                const float *columns)
+{
+    const int64_t from = step->slots * part / parts, to = step->slots * (part + 1) / parts;
+    const int64_t heads = step->batch * step->kv_heads * (step->fold ? 1 : step->group);
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t slot = from; slot < to; slot++) {
+            float total = 0;
+            for (int64_t other = 0; other < parts; other++)
+                total += columns[other * scratch->apart + head * scratch->pitch + slot];
+            step->columns[head * step->slots + slot] = total;
+        }
 }
 
 /* Returns 0, having done nothing, where there is no room for scratch; else 1. */
 int64_t kvhive_columns(const Step *step)
 {
     const Body body = chosen(step);
-    const int64_t heads = step->fold ? 1 : step->group;
+    const int64_t all = step->batch * step->kv_heads;
     Scratch scratch = {.team = 1, .pitch = (step->slots + SPAN - 1) / SPAN * SPAN};
 #if defined(_OPENMP)
-    const int64_t worth = step->queries * step->group * step->slots * step->width / WORTH;
+    const int64_t worth = all * step->queries * step->group * step->slots * step->width / WORTH;
     scratch.team = worth < 1 ? 1 : worth < step->threads ? worth : step->threads;
 #endif
     scratch.keys = scratch.pitch * body.words(step);
+    scratch.columns = (step->fold ? 1 : step->group) * scratch.pitch;
     scratch.scores = (step->slots + BLOCK - 1) / BLOCK * SCORES;
-    scratch.columns = heads * scratch.pitch;
-    scratch.all = aligned_alloc(
-        64, (scratch.keys + scratch.team * (scratch.scores + scratch.columns)) * sizeof(float));
+    scratch.apart = scratch.scores + all * scratch.columns;
+    scratch.all =
+        aligned_alloc(64, (all * scratch.keys + scratch.team * scratch.apart) * sizeof(float));
     if (!scratch.all)
         return 0;
-    for (int64_t row = 0; row < step->batch; row++)
-        for (int64_t head = 0; head < step->kv_heads; head++)
-            serve(step, &body, &scratch,
-                  step->query + row * step->query_row + head * step->group * step->query_head,
-                  step->keys + row * step->key_row + head * step->key_head,
-                  step->columns + (row * step->kv_heads + head) * heads * step->slots);
+    float *own = scratch.all + all * scratch.keys;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(scratch.team) if (scratch.team > 1)
+    {
+        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+        arrange(step, &body, &scratch, part, parts);
+#pragma omp barrier
+        vote(step, &body, &scratch, part, parts, own + part * scratch.apart);
+#pragma omp barrier
+        sum(step, &scratch, part, parts, own + scratch.scores);
+    }
+#else
+    arrange(step, &body, &scratch, 0, 1);
+    vote(step, &body, &scratch, 0, 1, own);
+    sum(step, &scratch, 0, 1, own + scratch.scores);
+#endif
     free(scratch.all);
     return 1;
 }
