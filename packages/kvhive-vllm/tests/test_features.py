@@ -42,7 +42,9 @@ def test_a_short_pool_holds_more_requests(tiny: Tiny) -> None:
 def test_requests_that_are_preempted_come_back(tiny: Tiny) -> None:
     """A pool too short even for what stays: every request ends with all its tokens."""
     texts, new = prompts(*[120] * 6), 150
-    with tiny.engine("h2o@110", num_gpu_blocks_override=15, max_model_len=320, disable_log_stats=False) as llm:
+    with tiny.engine(
+        "h2o@110", num_gpu_blocks_override=15, max_model_len=320, disable_log_stats=False
+    ) as llm:
         given = generated(llm, texts, greedy(new))
         preempted = _preemptions(llm)
         free, total = free_blocks(llm)
@@ -54,7 +56,9 @@ def test_requests_that_are_preempted_come_back(tiny: Tiny) -> None:
 def test_one_preempted_before_its_first_eviction_is_as_if_it_had_not_been(tiny: Tiny) -> None:
     texts, new = prompts(64, 64, 64), 60
     recipe = "h2o@120"
-    with tiny.engine(recipe, num_gpu_blocks_override=9, max_model_len=192, disable_log_stats=False) as llm:
+    with tiny.engine(
+        recipe, num_gpu_blocks_override=9, max_model_len=192, disable_log_stats=False
+    ) as llm:
         given = generated(llm, texts, greedy(new))
         preempted = _preemptions(llm)
     assert preempted > 0
@@ -117,7 +121,9 @@ def test_an_abort_in_mid_stream_gives_all_blocks_back(tiny: Tiny) -> None:
 
 def test_samples_seeds_and_log_probabilities(tiny: Tiny) -> None:
     text = prompts(180)[0]
-    params = SamplingParams(n=3, temperature=1.0, seed=7, max_tokens=20, logprobs=2, detokenize=False)
+    params = SamplingParams(
+        n=3, temperature=1.0, seed=7, max_tokens=20, logprobs=2, detokenize=False
+    )
     with tiny.engine("h2o@80") as llm:
         one, two = (_samples(llm, text, params) for _ in range(2))
         many = generated(llm, [text], greedy(20))[0]
@@ -135,7 +141,12 @@ def test_log_probabilities_of_the_prompt_are_those_of_the_full_cache(tiny: Tiny)
         with tiny.engine(recipe, enable_prefix_caching=True) as llm:
             generated(llm, [text], greedy(5))
             given = llm.generate([{"prompt_token_ids": text}], params, use_tqdm=False)[0]
-            said.append([{t: round(p.logprob, 4) for t, p in (at or {}).items()} for at in given.prompt_logprobs])
+            said.append(
+                [
+                    {t: round(p.logprob, 4) for t, p in (at or {}).items()}
+                    for at in given.prompt_logprobs
+                ]
+            )
     assert said[0] == said[1]
 
 

@@ -39,7 +39,9 @@ class _Step:
 class Compression:
     """groups: the layers of this worker. layers: their names, in order."""
 
-    def __init__(self, groups: Sequence[Group], layers: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, groups: Sequence[Group], layers: Sequence[str], device: torch.device
+    ) -> None:
         self.groups, self._device = groups, device
         self._place = {name: place for place, name in enumerate(layers)}
         self._group_of = {layer: group for group in groups for layer in group.layers}

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvhive.cache.positions import bytes_held_twice
 from kvhive.lengths import policies_of
 from kvhive.recipe import Recipe
 

@@ -25,9 +25,7 @@ class Reporting:
         if why is not None:
             raise ValueError(f"kvhive-vllm cannot serve this model: {why}")
 
-    def forward(
-        self, layer: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self, layer: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the engine's own."""
         given = super().forward(layer, query, key, *args, **kwargs)  # type: ignore[misc]
         if self.compression is not None:
