@@ -1,8 +1,8 @@
-"""What a fixed pool of blocks serves, with recipes and without: requests at once and tokens a second.
+"""What a fixed pool of blocks serves, with and without recipes: requests at once, tokens a second.
 
     python benchmarks/pool.py --recipe stock --recipe streaming_llm@0.4 --recipe h2o@0.4
 
-Every recipe runs in an engine of its own, one after the other, with the same pool and the same prompts.
+Every recipe runs in an engine of its own, one after the other, with the same pool and prompts.
 Seconds are CPU seconds of the engine's process and seconds on the wall.
 """
 
@@ -25,7 +25,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1)] = 12,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 2000,
     new: Annotated[int, typer.Option(help="Tokens that each request writes.", min=1)] = 256,
-    blocks: Annotated[int, typer.Option(help="Blocks of 32 tokens in the pool.")] = 214,
+    blocks: Annotated[int, typer.Option(help="Blocks of 32 tokens in the pool.")] = 196,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     dtype: str = "bfloat16",
     rounds: Annotated[int, typer.Option(help="Runs of each recipe, taken in turns.")] = 1,

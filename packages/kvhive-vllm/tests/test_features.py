@@ -14,7 +14,7 @@ VOTING = ("h2o@80", "snapkv@80", "buzz@0.4", "cascading@80", "tova@80", "expecte
 
 @pytest.mark.parametrize("recipe", VOTING)
 def test_chunked_prompts_are_compressed_as_one(tiny: Tiny, recipe: str) -> None:
-    """Steps of 64 tokens that prompts and decoding share; the last chunk is shorter than windows."""
+    """Steps of 64 tokens, shared with decoding; the last chunk is shorter than any window."""
     texts, new = prompts(200, 131, 323), 40
     with tiny.engine(recipe, max_num_batched_tokens=64, enable_chunked_prefill=True) as llm:
         given = generated(llm, texts, greedy(new))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvhive.lengths import Event, Lengths
 from kvhive.recipe import Recipe
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvhive_vllm.manager import HiveManager, HiveSpec
@@ -127,35 +129,22 @@ def test_shrinking_counts_what_it_frees() -> None:
     assert manager.dropped("a") == 60
 
 
-def test_hits_end_where_queries_must_vote() -> None:
-    """By the spec: all but the last tokens, or none at all."""
-    for read_anew, longest in ((1, 95), (32, 64), (-1, 0)):
-        asked: list[int] = []
-
-        class Listening(HiveManager):
-            """Of what the engine's own is asked."""
-
-        original = HiveManager.__mro__[1].find_longest_cache_hit.__func__  # type: ignore[attr-defined]
-        spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
-
-        def recorded(
-            cls: Any, hashes: Any, most: int, *args: Any, asked: list[int] = asked, **kw: Any
-        ) -> Any:
-            asked.append(most)
-            return original(cls, hashes, most, *args, **kw)
-
-        base = HiveManager.__mro__[1]
-        base.find_longest_cache_hit = classmethod(recorded)  # type: ignore[method-assign,assignment]
-        try:
-            Listening.find_longest_cache_hit(
-                [],
-                95,
-                kv_cache_group_ids=[0],
-                block_pool=BlockPool(POOL, True, SIZE),
-                kv_cache_spec=HiveSpec.of(spec, read_anew),
-                drop_eagle_block=False,
-                alignment_tokens=SIZE,
-            )
-        finally:
-            base.find_longest_cache_hit = classmethod(original)  # type: ignore[method-assign,assignment]
-        assert asked == [longest]
+@pytest.mark.parametrize(("read_anew", "found"), [(1, 5), (17, 4), (32, 4), (33, 3), (-1, 0)])
+def test_hits_end_where_queries_must_vote(read_anew: int, found: int) -> None:
+    """Six blocks are in the prefix cache; a prompt of 96 tokens asks for all but its last."""
+    manager = made()
+    blocks = manager.block_pool.get_new_blocks(6)
+    hashes = [BlockHash(bytes([place])) for place in range(6)]
+    for block, name in zip(blocks, hashes, strict=True):
+        manager.block_pool._insert_block_hash(make_block_hash_with_group_id(name, 0), block, SIZE)
+    hit, tokens = HiveManager.find_longest_cache_hit(
+        hashes,
+        95,
+        kv_cache_group_ids=[0],
+        block_pool=manager.block_pool,
+        kv_cache_spec=HiveSpec.of(manager.kv_cache_spec, read_anew),
+        drop_eagle_block=False,
+        alignment_tokens=SIZE,
+    )
+    assert len(hit[0]) == found
+    assert tokens == found * SIZE

@@ -1,4 +1,4 @@
-"""Engines whose parts are processes of their own: the engine's core, and two ranks of tensor parallelism."""
+"""Engines with processes of their own: for their core, and for two ranks of tensor parallelism."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Pages(ABC):
-    """Pages of `size` tokens each, for `heads` KV heads, keys `width` and values `value_width` wide.
+    """Pages of `size` tokens, for `heads` KV heads, keys `width` and values `value_width` wide.
 
     block_size: tokens of the blocks that the scheduler deals out, a multiple of `size`; a block is
     so many pages, one after the other.

@@ -48,7 +48,7 @@ class _Evicting(Scheduler):
                     orders.dropped[name] = gone
             elif not request.is_prefill_chunk:
                 orders.ending.add(name)
-        output.kvhive = orders  # type: ignore[attr-defined]
+        output.kvhive = orders
         self._count()
         return output
 
@@ -106,7 +106,7 @@ class _Asynchronous(_Evicting, AsyncScheduler):
 class HiveScheduler:
     """Stands for the synchronous or the asynchronous one, as vLLM's configuration says."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Evicting:  # type: ignore[misc]
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Evicting:
         """The one that is asked for, with vLLM's own arguments."""
         config = kwargs["vllm_config"].scheduler_config
         return (_Asynchronous if config.async_scheduling else _Synchronous)(*args, **kwargs)

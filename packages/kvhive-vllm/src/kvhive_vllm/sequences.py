@@ -228,7 +228,7 @@ class _Said:
         self._rows: Tensor | None = None
 
     def observed(self, start: int, stop: int, count: int, held: int) -> Observed:
-        """Of queries start .. stop - 1 of `count`, when the slots up to the last of them were there."""
+        """Of queries start .. stop - 1 of `count`, when no slot behind the last one was there."""
         seen = held - count + stop
         needs, queries = self._needs, self._queries
         assert queries is not None or not needs.votes

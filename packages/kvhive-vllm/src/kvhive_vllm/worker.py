@@ -26,7 +26,7 @@ else:
 logger = init_logger(f"vllm.{__name__}")
 
 
-class HiveWorker(Worker):  # type: ignore[misc]
+class HiveWorker(Worker):
     """Refuses what it cannot run before the model is loaded."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
