@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from tests.models import Tiny, free_blocks, generated, greedy, prompts
+from tests.models import Tiny, free_blocks, generated, greedy, prompts, scheduler_of
 
 VOTING = ("h2o@80", "snapkv@80", "buzz@0.4", "cascading@80", "tova@80", "expected_attention@80")
 
@@ -39,17 +39,17 @@ def test_a_short_pool_holds_more_requests(tiny: Tiny) -> None:
     assert free == total
 
 
-def test_requests_that_are_preempted_come_back(tiny: Tiny) -> None:
-    """A pool too short even for what stays: every request ends with all its tokens."""
-    texts, new = prompts(*[120] * 6), 150
-    with tiny.engine(
-        "h2o@110", num_gpu_blocks_override=15, max_model_len=320, disable_log_stats=False
-    ) as llm:
+def test_a_request_that_is_preempted_after_an_eviction_comes_back(tiny: Tiny) -> None:
+    """Two that grow push out the one that came last; all end with all their tokens."""
+    texts, new, recipe = prompts(30, 31, 200), 80, "h2o@120"
+    options = {"num_gpu_blocks_override": 10, "max_model_len": 288, "disable_log_stats": False}
+    with tiny.engine(recipe, **options) as llm:
         given = generated(llm, texts, greedy(new))
         preempted = _preemptions(llm)
         free, total = free_blocks(llm)
     assert preempted > 0
-    assert [len(one) for one in given] == [new] * 6
+    assert given[:2] == [tiny.expected(recipe, text, new) for text in texts[:2]]
+    assert len(given[2]) == new
     assert free == total
 
 
@@ -117,6 +117,41 @@ def test_an_abort_in_mid_stream_gives_all_blocks_back(tiny: Tiny) -> None:
         free, total = free_blocks(llm)
     assert ended == {"0", "2"}
     assert free == total
+
+
+def test_a_prompt_that_streams_in_is_aborted(tiny: Tiny) -> None:
+    with tiny.engine("h2o@80") as llm:
+        engine = llm.llm_engine
+        request = engine.input_processor.process_inputs(
+            "a", {"prompt_token_ids": prompts(90)[0]}, greedy(5), ("generate",), resumable=True
+        )
+        engine.engine_core.add_request(request)
+        assert not scheduler_of(llm).has_unfinished_requests()
+        free, total = free_blocks(llm)
+    assert free == total
+
+
+def test_stop_strings_and_tokens_end_a_text_where_vllm_ends_it(tiny: Tiny) -> None:
+    text = prompts(180)[0]
+    whole = tiny.expected("h2o@80", text, 40)
+    word = f"w{whole[20]}"
+    place = whole.index(whole[20])
+    with tiny.engine("h2o@80", skip_tokenizer_init=False) as llm:
+        for given in ({"stop": [word]}, {"stop_token_ids": [whole[20]]}):
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, **given)
+            said = llm.generate([{"prompt_token_ids": text}], params, use_tqdm=False)[0]
+            one = said.outputs[0]
+            assert one.finish_reason == "stop"
+            assert word not in one.text.split()
+            assert list(one.token_ids) == whole[: place + 1]
+
+
+def test_compiled_models_give_the_same(tiny: Tiny) -> None:
+    """Attention is called between compiled pieces."""
+    texts, new = prompts(150, 97), 30
+    with tiny.engine("h2o@80", enforce_eager=False) as llm:
+        given = generated(llm, texts, greedy(new))
+    assert given == [tiny.expected("h2o@80", text, new) for text in texts]
 
 
 def test_samples_seeds_and_log_probabilities(tiny: Tiny) -> None:

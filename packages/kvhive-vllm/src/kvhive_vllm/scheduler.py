@@ -29,6 +29,19 @@ class _Evicting(Scheduler):
         self.manager = _only_manager(self)
         self.counters = Counters.of(self.vllm_config)
 
+    def add_request(self, request: Request) -> None:
+        """As vLLM's; a request whose prompt goes on later is aborted at once, with a word in the
+        log.
+        """
+        if request.resumable:
+            logger.error(
+                "kvhive: request %s is aborted: a prompt that streams in cannot go on behind "
+                "tokens that were dropped; send it whole",
+                request.request_id,
+            )
+            request.abort_immediately = True
+        super().add_request(request)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As vLLM's, with `kvhive` of the output saying what the workers are to do."""
         orders = Orders()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvhive.lengths import Lengths
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
@@ -102,8 +103,6 @@ class HiveWorker(Worker):
 
     def _freed(self, block_size: int) -> str:
         """What a recipe frees of the longest request, for the log."""
-        from kvhive.lengths import Lengths
-
         tokens = self._shape().tokens
         lengths = Lengths(self.recipe)
         lengths.step(tokens)
