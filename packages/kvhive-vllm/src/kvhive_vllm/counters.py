@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 import tempfile
+import weakref
 from pathlib import Path
 
 from vllm.config import VllmConfig
@@ -18,7 +19,10 @@ FORM = struct.Struct("4q")
 
 
 class Counters:
-    """The scheduler's end. A file of the same name that was left over is replaced."""
+    """The scheduler's end. A file of the same name that was left over is replaced.
+
+    close: nobody counts any more, and the file goes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,6 +33,7 @@ class Counters:
             self._map = mmap.mmap(file, FORM.size)
         finally:
             os.close(file)
+        self.close = weakref.finalize(self, path.unlink, missing_ok=True)  # or when python ends
 
     @classmethod
     def of(cls, config: VllmConfig) -> Counters:
@@ -38,10 +43,6 @@ class Counters:
     def write(self, dropped: int, freed: int, blocks: int, requests: int) -> None:
         """Tokens dropped and blocks freed since the start; blocks held now, by so many requests."""
         FORM.pack_into(self._map, 0, dropped, freed, blocks, requests)
-
-    def close(self) -> None:
-        """Nobody counts any more."""
-        self.path.unlink(missing_ok=True)
 
 
 def place(config: VllmConfig, engine: int) -> Path:
