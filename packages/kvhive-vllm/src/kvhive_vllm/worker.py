@@ -17,6 +17,7 @@ from kvhive_vllm.memory import Shape, reserve
 from kvhive_vllm.refusals import checked_recipe
 from kvhive_vllm.rotations import counted_in_cache, rotations_of
 from kvhive_vllm.runner_v1 import RunnerV1
+from kvhive_vllm.runner_v2 import RunnerV2
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -37,8 +38,8 @@ class HiveWorker(Worker):  # type: ignore[misc]
     def init_device(self) -> None:
         """The runner is made here, and becomes one that compresses."""
         super().init_device()
-        kind = type(self.model_runner)
-        self.model_runner.__class__ = type(f"Hive{kind.__name__}", (RunnerV1, kind), {})
+        kind, ours = type(self.model_runner), RunnerV2 if self.use_v2_model_runner else RunnerV1
+        self.model_runner.__class__ = type(f"Hive{kind.__name__}", (ours, kind), {})
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Full attention becomes attention whose tokens may go; the scheduler refuses others."""
