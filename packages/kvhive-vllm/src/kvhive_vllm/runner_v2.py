@@ -14,8 +14,8 @@ from kvhive_vllm.orders import Orders
 class RunnerV2:
     """Mixed into `GPUModelRunner` or `CPUModelRunner` of the second generation.
 
-    Its lengths are counted on the GPU and may be ahead of the CPU. What is dropped is taken off them
-    there, by numbers that the scheduler worked out from lengths alone.
+    Its lengths are counted on the GPU and may be ahead of the CPU. What is dropped is taken off
+    them there, by numbers that the scheduler worked out from lengths alone.
     """
 
     compression: Compression | None = None

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from kvhive_vllm import backends
+from kvhive_vllm.backends.reporting import pages_of
 from kvhive_vllm.compression import Compression
 from kvhive_vllm.groups import groups_of
 from kvhive_vllm.manager import HiveSpec
@@ -81,7 +82,7 @@ class HiveWorker(Worker):  # type: ignore[misc]
         shape = self._shape()
         groups = groups_of(
             self.recipe,
-            [layer.impl.pages(layer, block_size) for layer in layers],
+            [pages_of(layer, block_size) for layer in layers],
             [layer.impl.scale for layer in layers],
             rotations,
             turned,
