@@ -51,7 +51,7 @@ format: $(VENV)/dev.stamp ## format the code and repair what the linter can
 
 clean: ## delete the environment, the caches and the report
 	rm -rf $(VENV) build dist report.html .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f src/kvhive/kernels/_packed.so
+	rm -f src/kvhive/kernels/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/demo.stamp: EXTRAS := pdf,smollm2

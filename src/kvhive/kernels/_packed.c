@@ -5,22 +5,12 @@
  * _packed_rows.h, is compiled once for each set of instructions, with LANES floats in a vector.
  */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "_basics.h"
 
-enum { WIDEST = 512 }; /* numbers a token may have */
 enum { HEADS = 8 };    /* queries that share one unpacking */
 enum { TILE = 4 };     /* queries that share one look at a token */
 enum { BLOCK = 4096 }; /* numbers that are unpacked at a time */
 enum { WORTH = 65536 }; /* numbers that are worth one more thread */
-enum { FLOAT16, BFLOAT16, FLOAT32 };
 enum Grids { NONE, SPLAT, SPREAD }; /* a run's; a token's, of whole vectors; a token's, of others */
 
 /* Written by native.py, 8 bytes each. Strides count floats. */
@@ -48,37 +38,7 @@ typedef struct {
     void *grids;          /* [tokens or runs, 2, width / group] */
 } Coding;
 
-#define INLINE static inline __attribute__((always_inline))
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (NAME(Order)){__VA_ARGS__})
-#endif
-
 typedef uint64_t Words __attribute__((vector_size(16)));
-
-INLINE float as_float(uint32_t bits)
-{
-    float number;
-    memcpy(&number, &bits, sizeof number);
-    return number;
-}
-
-INLINE uint32_t as_bits(float number)
-{
-    uint32_t bits;
-    memcpy(&bits, &number, sizeof bits);
-    return bits;
-}
-
-/* The number whose float16 has these bits. */
-INLINE float half(uint16_t bits)
-{
-    const uint32_t rest = (uint32_t)(bits & 0x7fff) << 13;
-    uint32_t size = as_bits(as_float(rest) * 0x1p112f); /* the exponent's bias: 127 - 15 */
-    size |= rest >= 0x0f800000 ? 0x7f800000 : 0;        /* infinite, or no number */
-    return as_float(size | (uint32_t)(bits & 0x8000) << 16);
-}
 
 /* The bits of the nearest float16; halves go to even. */
 INLINE uint16_t as_half(float number)
@@ -100,15 +60,7 @@ INLINE uint16_t as_brain(float number)
 /* Numbers first..first+count-1 of the grids. */
 INLINE void grids(const Job *job, int64_t first, int64_t count, float *to)
 {
-    const uint16_t *halves = (const uint16_t *)job->grids + first;
-    if (job->dtype == FLOAT32)
-        memcpy(to, (const float *)job->grids + first, count * sizeof *to);
-    else if (job->dtype == BFLOAT16)
-        for (int64_t i = 0; i < count; i++)
-            to[i] = as_float((uint32_t)halves[i] << 16);
-    else
-        for (int64_t i = 0; i < count; i++)
-            to[i] = half(halves[i]);
+    widen((const char *)job->grids + first * (job->dtype == FLOAT32 ? 4 : 2), job->dtype, count, to);
 }
 
 /* Of each byte, (byte >> shift & mask) << up: of a word of any type, at `from`; added to what is at
@@ -254,53 +206,36 @@ INLINE float total(const float *numbers, int64_t count)
 
 #define LANES 4
 #define NAME(name) name##_4
+#include "_floats.h"
 #include "_packed_rows.h"
 #include "_packed_coding.h"
+#undef Floats
 #undef LANES
 #undef NAME
 
 #if defined(__x86_64__)
-#define TEXT(words) #words
-#if defined(__clang__)
-#define TARGET(names) \
-    _Pragma(TEXT(clang attribute push(__attribute__((target(names))), apply_to = function)))
-#define END_TARGET _Pragma("clang attribute pop")
-#else
-#define TARGET(names) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(names)))
-#define END_TARGET _Pragma("GCC pop_options")
-#endif
-
-TARGET("avx2,fma")
+TARGET(AVX2)
 #define LANES 8
 #define NAME(name) name##_8
+#include "_floats.h"
 #include "_packed_rows.h"
 #include "_packed_coding.h"
+#undef Floats
 #undef LANES
 #undef NAME
 END_TARGET
 
-TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+TARGET(AVX512)
 #define LANES 16
 #define NAME(name) name##_16
+#include "_floats.h"
 #include "_packed_rows.h"
 #include "_packed_coding.h"
+#undef Floats
 #undef LANES
 #undef NAME
 END_TARGET
 #endif
-
-/* Floats in a vector, with the best instructions that this machine has. */
-int64_t kvhive_lanes(void)
-{
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return 16;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return 8;
-#endif
-    return 4;
-}
 
 static void logits(const Job *job, int64_t row, int64_t top, int heads, int64_t first, int64_t last)
 {
@@ -461,6 +396,3 @@ int64_t kvhive_code(const Coding *job)
 #endif
     return 1;
 }
-
-/* The sources it was compiled from. */
-const char *kvhive_sources(void) { return SOURCES; }

@@ -2,8 +2,6 @@
  * those of bits.py in the same order, so that the outcome is the same to the last bit.
  */
 
-#define Floats NAME(Floats)
-
 INLINE Floats NAME(smaller)(Floats one, Floats other)
 {
 #if LANES == 16
@@ -97,5 +95,3 @@ static void NAME(code_runs)(const Coding *job, int64_t first, int64_t last)
         }
     }
 }
-
-#undef Floats

@@ -1,11 +1,7 @@
 /* The body of _packed.c for vectors of LANES floats; NAME gives its functions names of their own. */
 
-#define Floats NAME(Floats)
 #define Block NAME(Block)
 #define AT_ONCE (LANES == 16 ? 4 : 2) /* vectors of numbers that the registers hold beside sums */
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t NAME(Order) __attribute__((vector_size(4 * LANES)));
 
 enum { NAME(ROOM) = BLOCK > WIDEST * LANES ? BLOCK : WIDEST * LANES };
 
@@ -20,17 +16,6 @@ typedef struct {
     uint8_t room[NAME(ROOM)];
     float grids[2 * NAME(ROOM)];   /* [tokens, 2, step] */
 } Block;
-
-INLINE Floats NAME(load)(const float *from)
-{
-    Floats vector;
-    memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-INLINE void NAME(store)(float *to, Floats vector) { memcpy(to, &vector, sizeof vector); }
-
-INLINE Floats NAME(splat)(float number) { return number - (Floats){0}; }
 
 INLINE Floats NAME(widened)(const uint8_t *from)
 {
@@ -282,7 +267,6 @@ static void NAME(mix)(const Job *job, int64_t row, int64_t top, int heads, int64
     }
 }
 
-#undef Floats
 #undef Block
 #undef AT_ONCE
 #undef CASES

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvhive.kernels import (
     chunked,
     fused,
+    native_columns,
     segments,
     triton_columns,
     triton_packed,
@@ -36,9 +37,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
     columns: Tensor | None = None
     rows: Rows | None = None
     singly = query.shape[2] == 1
-    asked = ask.lse or (ask.needs.attention if singly else ask.needs.columns is not None)
-    if not asked and fused.fits(query, keys, values, ask):
+    apart = not singly and _counts_apart(query, keys, ask)
+    together = ask.needs.attention if singly else ask.needs.columns is not None and not apart
+    if not (together or ask.lse) and fused.fits(query, keys, values, ask):
         out = fused.attend(query, keys, values, ask)
+        columns = native_columns.columns(query, keys, ask) if apart else None
     elif singly:
         out, columns, rows, lse = chunked.decode(query, keys, values, ask)
         return out, replace(_observed(query, keys, ask, columns, rows), lse=lse)
@@ -54,6 +57,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> tuple[Tenso
     return out, _observed(query, keys, ask, columns, rows)
 
 
+def _counts_apart(query: Tensor, keys: Tensor, ask: Ask) -> bool:
+    """Whether torch's fused attention and then columns in C beat one pass that does both: in 16
+    bits. In float32 the pass, whose products are plain ones, is as fast or faster.
+    """
+    return keys.element_size() == 2 and ask.causal and native_columns.serves(query, keys, ask)
+
+
 def report(query: Tensor, keys: Tensor, ask: Ask) -> Observed:
     """What `attend` reports, without attending: for one more policy on a step already computed, and
     for drafted tokens that were accepted.
@@ -61,10 +71,17 @@ def report(query: Tensor, keys: Tensor, ask: Ask) -> Observed:
     On a GPU, columns come from Triton where they fit; experimental: never run on a GPU yet.
     """
     query = query.to(keys.dtype)
-    launched = keys.device.type in LAUNCHED and triton_tiles.available()
-    fast = launched and triton_columns.fits(query, keys, ask)
-    columns = (triton_columns if fast else chunked).columns(query, keys, ask)
+    columns = _columns(query, keys, ask)
     return _observed(query, keys, ask, columns, chunked.tail_rows(query, keys, ask))
+
+
+def _columns(query: Tensor, keys: Tensor, ask: Ask) -> Tensor | None:
+    if native_columns.serves(query, keys, ask):
+        return native_columns.columns(query, keys, ask)
+    launched = keys.device.type in LAUNCHED and triton_tiles.available()
+    if launched and triton_columns.fits(query, keys, ask):
+        return triton_columns.columns(query, keys, ask)
+    return chunked.columns(query, keys, ask)
 
 
 def serves_ragged(query: Tensor, keys: Tensor, values: Tensor, ask: Ask) -> bool:

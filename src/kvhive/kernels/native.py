@@ -42,7 +42,9 @@ def loaded() -> ctypes.CDLL | None:
     found.kvhive_lanes.restype = ctypes.c_int64
     if found.kvhive_sources().decode() != native_build.digest(native_build.HERE):
         return None
-    for function in (found.kvhive_logits, found.kvhive_mix, found.kvhive_code):
+    found.kvhive_tiles.restype = ctypes.c_int64
+    for name in ("logits", "mix", "code", "columns"):
+        function = getattr(found, f"kvhive_{name}")
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
     return found
 

@@ -13,8 +13,18 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("_packed.c", "_packed_rows.h", "_packed_coding.h")
-LIBRARY = "_packed.so"
+SOURCES = (
+    "_native.c",
+    "_packed.c",
+    "_packed_rows.h",
+    "_packed_coding.h",
+    "_columns.c",
+    "_columns_tile.h",
+    "_floats.h",
+    "_basics.h",
+)
+UNITS = tuple(name for name in SOURCES if name.endswith(".c"))
+LIBRARY = "_native.so"
 COMPILERS = (os.environ.get("CC", ""), "cc", "gcc", "clang")  # the first that works
 FLAGS = ("-O3", "-fPIC", "-shared")
 THREADS = (("-fopenmp",), ())  # with OpenMP, whose threads torch has already, or on one thread
@@ -34,7 +44,7 @@ def compiled(folder: Path) -> Path | None:
     for compiler in filter(None, COMPILERS):
         for threads in THREADS:
             mark = f'-DSOURCES="{digest(folder)}"'
-            words = [*shlex.split(compiler), *FLAGS, *threads, mark, "-o", str(fresh), SOURCES[0]]
+            words = [*shlex.split(compiler), *FLAGS, *threads, mark, "-o", str(fresh), *UNITS]
             try:
                 subprocess.run(words, cwd=folder, check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError):
