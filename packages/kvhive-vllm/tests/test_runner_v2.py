@@ -16,7 +16,7 @@ from tests.interpreted import Job, Outcome, run
 from tests.models import Tiny, prompts
 
 RECIPES = ("h2o@65", "snapkv@65", "streaming_llm@65", "keydiff@65")
-TEXTS, NEW = prompts(150, 97), 20
+TEXTS, NEW = prompts(150, 97), 12
 CHUNKS = {"max_num_batched_tokens": 64}
 JOBS = {
     **{recipe: Job(recipe, TEXTS, NEW, warm=recipe == "h2o@65") for recipe in RECIPES},
@@ -25,8 +25,8 @@ JOBS = {
     # Too few blocks for both: one is preempted before it loses a token, and starts anew.
     "window@120, ahead, short pool": Job(
         "window@120",
-        prompts(64, 64),
-        36,
+        prompts(90, 91),
+        12,
         asynchronous=True,
         options={"num_gpu_blocks_override": 8, "max_model_len": 128},
     ),
@@ -89,7 +89,7 @@ class Runner(RunnerV2, Engine):
 
 
 def batch() -> tuple[Any, torch.Tensor]:
-    """Of 2 requests with 1 and 3 new tokens, padded to 4 and 8; and the lengths that graphs read."""
+    """Of 2 requests with 1 and 3 new tokens, padded to 4 and 8; and the lengths graphs read."""
     held = torch.tensor([40, 23, 0, 0, 77], dtype=torch.int32)
     made = SimpleNamespace(
         req_ids=["b", "a"],
