@@ -1,4 +1,4 @@
-"""A tiny model of random weights, engines that run it, and what `HiveCache` makes of the same prompts."""
+"""A tiny model of random weights, engines that run it, and what `HiveCache` makes of it."""
 
 from __future__ import annotations
 

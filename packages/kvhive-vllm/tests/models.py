@@ -12,7 +12,10 @@ from typing import Any
 
 import kvhive
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 
 import kvhive_vllm
@@ -94,6 +97,10 @@ def make(folder: Path, **changes: Any) -> Tiny:
     }
     model = LlamaForCausalLM(LlamaConfig(**sizes | changes))
     model.save_pretrained(folder)
+    words = {f"w{token}": token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     return Tiny(folder)
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from tests.models import Tiny, free_blocks, generated, greedy, prompts
+from tests.models import Tiny, free_blocks, generated, greedy, prompts, scheduler_of
 
 VOTING = ("h2o@80", "snapkv@80", "buzz@0.4", "cascading@80", "tova@80", "expected_attention@80")
 
 
 @pytest.mark.parametrize("recipe", VOTING)
 def test_chunked_prompts_are_compressed_as_one(tiny: Tiny, recipe: str) -> None:
-    """Steps of 64 tokens that prompts and decoding share; the last chunk is shorter than windows."""
+    """Steps of 64 tokens, shared with decoding; the last chunk is shorter than any window."""
     texts, new = prompts(200, 131, 323), 40
     with tiny.engine(recipe, max_num_batched_tokens=64, enable_chunked_prefill=True) as llm:
         given = generated(llm, texts, greedy(new))
@@ -39,22 +39,26 @@ def test_a_short_pool_holds_more_requests(tiny: Tiny) -> None:
     assert free == total
 
 
-def test_requests_that_are_preempted_come_back(tiny: Tiny) -> None:
-    """A pool too short even for what stays: every request ends with all its tokens."""
-    texts, new = prompts(*[120] * 6), 150
-    with tiny.engine("h2o@110", num_gpu_blocks_override=15, max_model_len=320, disable_log_stats=False) as llm:
+def test_a_request_that_is_preempted_after_an_eviction_comes_back(tiny: Tiny) -> None:
+    """Two that grow push out the one that came last; all end with all their tokens."""
+    texts, new, recipe = prompts(30, 31, 200), 80, "h2o@120"
+    options = {"num_gpu_blocks_override": 10, "max_model_len": 288, "disable_log_stats": False}
+    with tiny.engine(recipe, **options) as llm:
         given = generated(llm, texts, greedy(new))
         preempted = _preemptions(llm)
         free, total = free_blocks(llm)
     assert preempted > 0
-    assert [len(one) for one in given] == [new] * 6
+    assert given[:2] == [tiny.expected(recipe, text, new) for text in texts[:2]]
+    assert len(given[2]) == new
     assert free == total
 
 
 def test_one_preempted_before_its_first_eviction_is_as_if_it_had_not_been(tiny: Tiny) -> None:
     texts, new = prompts(64, 64, 64), 60
     recipe = "h2o@120"
-    with tiny.engine(recipe, num_gpu_blocks_override=9, max_model_len=192, disable_log_stats=False) as llm:
+    with tiny.engine(
+        recipe, num_gpu_blocks_override=9, max_model_len=192, disable_log_stats=False
+    ) as llm:
         given = generated(llm, texts, greedy(new))
         preempted = _preemptions(llm)
     assert preempted > 0
@@ -115,9 +119,46 @@ def test_an_abort_in_mid_stream_gives_all_blocks_back(tiny: Tiny) -> None:
     assert free == total
 
 
+def test_a_prompt_that_streams_in_is_aborted(tiny: Tiny) -> None:
+    with tiny.engine("h2o@80") as llm:
+        engine = llm.llm_engine
+        request = engine.input_processor.process_inputs(
+            "a", {"prompt_token_ids": prompts(90)[0]}, greedy(5), ("generate",), resumable=True
+        )
+        engine.engine_core.add_request(request)
+        assert not scheduler_of(llm).has_unfinished_requests()
+        free, total = free_blocks(llm)
+    assert free == total
+
+
+def test_stop_strings_and_tokens_end_a_text_where_vllm_ends_it(tiny: Tiny) -> None:
+    text = prompts(180)[0]
+    whole = tiny.expected("h2o@80", text, 40)
+    word = f"w{whole[20]}"
+    place = whole.index(whole[20])
+    with tiny.engine("h2o@80", skip_tokenizer_init=False) as llm:
+        for given in ({"stop": [word]}, {"stop_token_ids": [whole[20]]}):
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, **given)
+            said = llm.generate([{"prompt_token_ids": text}], params, use_tqdm=False)[0]
+            one = said.outputs[0]
+            assert one.finish_reason == "stop"
+            assert word not in one.text.split()
+            assert list(one.token_ids) == whole[: place + 1]
+
+
+def test_compiled_models_give_the_same(tiny: Tiny) -> None:
+    """Attention is called between compiled pieces."""
+    texts, new = prompts(150, 97), 30
+    with tiny.engine("h2o@80", enforce_eager=False) as llm:
+        given = generated(llm, texts, greedy(new))
+    assert given == [tiny.expected("h2o@80", text, new) for text in texts]
+
+
 def test_samples_seeds_and_log_probabilities(tiny: Tiny) -> None:
     text = prompts(180)[0]
-    params = SamplingParams(n=3, temperature=1.0, seed=7, max_tokens=20, logprobs=2, detokenize=False)
+    params = SamplingParams(
+        n=3, temperature=1.0, seed=7, max_tokens=20, logprobs=2, detokenize=False
+    )
     with tiny.engine("h2o@80") as llm:
         one, two = (_samples(llm, text, params) for _ in range(2))
         many = generated(llm, [text], greedy(20))[0]
@@ -135,7 +176,12 @@ def test_log_probabilities_of_the_prompt_are_those_of_the_full_cache(tiny: Tiny)
         with tiny.engine(recipe, enable_prefix_caching=True) as llm:
             generated(llm, [text], greedy(5))
             given = llm.generate([{"prompt_token_ids": text}], params, use_tqdm=False)[0]
-            said.append([{t: round(p.logprob, 4) for t, p in (at or {}).items()} for at in given.prompt_logprobs])
+            said.append(
+                [
+                    {t: round(p.logprob, 4) for t, p in (at or {}).items()}
+                    for at in given.prompt_logprobs
+                ]
+            )
     assert said[0] == said[1]
 
 

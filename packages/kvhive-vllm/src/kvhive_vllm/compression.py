@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from kvhive.kernels import Needs
@@ -39,7 +40,9 @@ class _Step:
 class Compression:
     """groups: the layers of this worker. layers: their names, in order."""
 
-    def __init__(self, groups: Sequence[Group], layers: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, groups: Sequence[Group], layers: Sequence[str], device: torch.device
+    ) -> None:
         self.groups, self._device = groups, device
         self._place = {name: place for place, name in enumerate(layers)}
         self._group_of = {layer: group for group in groups for layer in group.layers}
@@ -101,20 +104,19 @@ class Compression:
         place = self._place[layer]
         group = self._group_of[place]
         for chunk in step.chunks:
-            own = slice(chunk.start, chunk.start + chunk.fresh)
-            held = self.requests[chunk.name]
+            held, own = self.requests[chunk.name], slice(chunk.start, chunk.start + chunk.fresh)
             assert held.votes is not None
-            pages = group.pages[place - group.first]
-
-            def keys(
-                chunk: _Chunk = chunk, blocks: Tensor = held.blocks, own: slice = own
-            ) -> Tensor:
-                whole = chunk.fresh == chunk.seen
-                return key[own].transpose(0, 1) if whole else pages.keys(blocks, chunk.seen)
-
+            keys = partial(self._keys, place, chunk, held.blocks, key[own])
             held.votes.add(place, group.scale, query[own], keys)
         if step.decoding:
             step.queries.append(query.index_select(0, step.rows))
+
+    def _keys(self, place: int, chunk: _Chunk, blocks: Tensor, new: Tensor) -> Tensor:
+        """`[K, n, d]`: what a prompt holds of a layer; new: `[q, K, d]`, those of the chunk."""
+        if chunk.fresh == chunk.seen:
+            return new.transpose(0, 1)
+        group = self._group_of[place]
+        return group.pages[place - group.first].keys(blocks, chunk.seen)
 
     def end(self) -> None:
         """The forward pass is over."""

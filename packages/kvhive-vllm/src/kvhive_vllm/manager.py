@@ -64,9 +64,7 @@ class HiveManager(FullAttentionManager):
         """Take them from the pool."""
         gone = self.dropped(request_id)
         return list(
-            super().allocate_new_blocks(
-                request_id, num_tokens - gone, num_tokens_main_model - gone
-            )
+            super().allocate_new_blocks(request_id, num_tokens - gone, num_tokens_main_model - gone)
         )
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvhive.cache.positions import bytes_held_twice
 from kvhive.lengths import policies_of
 from kvhive.recipe import Recipe
 
 from kvhive_vllm.groups import SCRATCH
+from kvhive_vllm.prompts import AT_ONCE
 from kvhive_vllm.sequences import WAITING
 
 POSITION = 2  # bytes of a position, 4 beyond 32,767 tokens
@@ -60,11 +60,10 @@ def reserve(recipe: Recipe, shape: Shape, turned: bool) -> Reserve:
     slot += sum(c.dtype.itemsize * math.prod(c.shape) for c in policy.columns.values())
     if turned:
         slot += 1 + _held_twice(recipe, shape)
-    once = 0
-    if policy.observes or policy.needs.score_keys or policy.needs.score_values:
-        once += 2 * min(SCRATCH, shape.bytes_a_token * shape.tokens)
+    once = 2 * min(SCRATCH, shape.bytes_a_token * shape.tokens)
     if policy.needs.votes:
-        once += shape.requests * WAITING * _queries(shape)
+        rows = 4 * shape.layers * shape.heads * shape.tokens * max(1, policy.needs.last_rows)
+        once += min(AT_ONCE, rows) + shape.requests * WAITING * _queries(shape)
     if policy.needs.queries:
         once += shape.tokens * _queries(shape)
     return Reserve(slot * shape.layers * shape.kv_heads, once)

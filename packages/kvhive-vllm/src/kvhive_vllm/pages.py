@@ -12,7 +12,7 @@ Writer = Callable[[Tensor, Tensor, Tensor], None]  # keys, values [n, K, d], slo
 
 
 class Pages(ABC):
-    """Pages of `size` tokens each, for `heads` KV heads, keys `width` and values `value_width` wide.
+    """Pages of `size` tokens, for `heads` KV heads, keys `width` and values `value_width` wide.
 
     block_size: tokens of the blocks that the scheduler deals out, a multiple of `size`; a block is
     so many pages, one after the other.

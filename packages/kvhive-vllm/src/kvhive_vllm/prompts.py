@@ -57,8 +57,9 @@ class PromptVotes:
         )
 
     def _add_columns(self, layer: int, scale: float, query: Tensor, keys: Tensor) -> None:
-        fresh, columns = query.shape[1], Needs(
-            columns=self.needs.columns, fold=self.needs.fold, decay=self.needs.decay
+        fresh, columns = (
+            query.shape[1],
+            Needs(columns=self.needs.columns, fold=self.needs.fold, decay=self.needs.decay),
         )
         step = Step.plain(keys.shape[1] - fresh, fresh, "prefill")
         new = report(query[None], keys[None], Ask(step, scale, columns)).columns
@@ -93,7 +94,9 @@ def _rows(group: Group, needs: Needs, query: Tensor, keys: Keys) -> Rows:
         step = Step.plain(seen - (stop - start), stop - start, "prefill")
         for place, layer in enumerate(group.layers):
             ask = Ask(step, group.scale, alone)
-            given = report(query[place : place + 1, :, start:stop], keys(layer)[None, :, :seen], ask)
+            given = report(
+                query[place : place + 1, :, start:stop], keys(layer)[None, :, :seen], ask
+            )
             assert given.rows is not None
             parts.append(given.rows.all())
         rows = torch.cat(parts)

@@ -99,5 +99,7 @@ def _model(config: VllmConfig) -> Iterator[str]:
         yield "encoder-decoder models attend to what they do not generate"
     if model.use_mla:
         yield "latent attention (MLA) has no keys by head"
+    if model.is_multimodal_model:
+        yield "models that see or hear have not been tried"
     if model.is_hybrid:
         yield "a model with recurrent layers has caches of another kind beside"

@@ -33,13 +33,12 @@ def rotations_of(model: nn.Module, layers: Sequence[str]) -> list[Rotation | Non
 def _rotation(rotary: Any) -> Rotation | None:
     try:
         frequencies = rotary._compute_inv_freq(rotary.base)
-        layout = "halves" if rotary.is_neox_style else "pairs"
-        table = rotary.cos_sin_cache
+        table, _ = rotary.cos_sin_cache, rotary.is_neox_style
     except (AttributeError, TypeError, NotImplementedError):
         return None
     if not isinstance(frequencies, Tensor) or not _is_plain(frequencies, table):
         return None
-    return Rotation(frequencies.double().cpu(), layout)
+    return Rotation(frequencies.double().cpu(), "halves" if rotary.is_neox_style else "pairs")
 
 
 def _is_plain(frequencies: Tensor, table: Tensor) -> bool:
@@ -59,8 +58,8 @@ def counted_in_cache(recipe: Recipe, rotations: Sequence[Rotation | None]) -> bo
     unknown = any(rotation is None for rotation in rotations)
     if recipe.positions == "cache" and unknown:
         raise ValueError(
-            f"{recipe}: positions=cache needs to know how this model turns its keys, and kvhive-vllm "
-            "does not; write positions=original"
+            f"{recipe}: positions=cache needs to know how this model turns its keys, and "
+            "kvhive-vllm does not; write positions=original"
         )
     wanted = recipe.positions or recipe.policy.position_rule
     return wanted == "cache" and not unknown

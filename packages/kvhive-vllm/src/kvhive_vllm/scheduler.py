@@ -29,6 +29,19 @@ class _Evicting(Scheduler):
         self.manager = _only_manager(self)
         self.counters = Counters.of(self.vllm_config)
 
+    def add_request(self, request: Request) -> None:
+        """As vLLM's; a request whose prompt goes on later is aborted at once, with a word in the
+        log.
+        """
+        if request.resumable:
+            logger.error(
+                "kvhive: request %s is aborted: a prompt that streams in cannot go on behind "
+                "tokens that were dropped; send it whole",
+                request.request_id,
+            )
+            request.abort_immediately = True
+        super().add_request(request)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As vLLM's, with `kvhive` of the output saying what the workers are to do."""
         orders = Orders()
@@ -48,7 +61,7 @@ class _Evicting(Scheduler):
                     orders.dropped[name] = gone
             elif not request.is_prefill_chunk:
                 orders.ending.add(name)
-        output.kvhive = orders  # type: ignore[attr-defined]
+        output.kvhive = orders
         self._count()
         return output
 
@@ -106,7 +119,7 @@ class _Asynchronous(_Evicting, AsyncScheduler):
 class HiveScheduler:
     """Stands for the synchronous or the asynchronous one, as vLLM's configuration says."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Evicting:  # type: ignore[misc]
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Evicting:
         """The one that is asked for, with vLLM's own arguments."""
         config = kwargs["vllm_config"].scheduler_config
         return (_Asynchronous if config.async_scheduling else _Synchronous)(*args, **kwargs)

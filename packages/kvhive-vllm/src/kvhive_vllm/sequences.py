@@ -9,6 +9,7 @@ import torch
 from kvhive.cache.eviction import cut
 from kvhive.cache.positions import Turning
 from kvhive.kernels import Ask, Held, Needs, Observed, Rows, report
+from kvhive.plan import Plan
 from kvhive.slots import Slots
 from kvhive.step import Step
 from kvhive.stores.dense import DenseStore
@@ -130,18 +131,10 @@ class Sequence:
     def _evict_part(self, part: _Layers, order: Cut, blocks: Tensor) -> None:
         slots, group = part.slots, part.group
         held = slots.length
-        store = DenseStore()
-
-        def view() -> tuple[Tensor, Tensor]:
-            if not store.length:
-                keys = [pages.keys(self.blocks, held) for pages in group.pages]
-                values = [pages.values(self.blocks, held) for pages in group.pages]
-                store.append(torch.stack(keys), torch.stack(values), held)
-            return store.view()
-
+        store = _HeldPages(group, self.blocks, held)
         target = torch.full_like(slots.tally, order.target)
-        held_now = Held(view, group.scale, group.written)
-        plan = cut(group.policy, slots, held_now, target, target)
+        looked_at = Held(store.view, group.scale, group.written)
+        plan = cut(group.policy, slots, looked_at, target, target)
         if plan is not None:
             slots.adopt(plan)
         kept = held if plan is None else plan.longest
@@ -150,18 +143,64 @@ class Sequence:
                 f"{group.policy.name}: a head of layers {group.layers} keeps {kept} of {held} "
                 f"tokens where {order.kept} were foretold; please report the recipe"
             )
-        if plan is None and torch.equal(blocks, self.blocks[: len(blocks)]):
-            return
-        view()
-        after = store
-        if plan is not None:
-            after = part.turning.compact(store, slots, plan, kept, self.seen)
-        keys, values = after.view()
-        for place, pages in enumerate(group.pages):
-            pages.write(blocks, keys[place], values[place])
+        if plan is None:
+            if not torch.equal(blocks, self.blocks[: len(blocks)]):
+                store.move(blocks, None)
+        elif group.turns is None:
+            slots.compact(plan, kept + HEADROOM)
+            store.move(blocks, plan)
+        else:
+            room = kept + HEADROOM
+            after = part.turning.compact(store.whole(), slots, plan, room, self.seen)
+            for pages, keys, values in zip(group.pages, *after.view(), strict=True):
+                pages.write(blocks, keys, values)
 
     def _keys_of(self, part: _Layers, held: int) -> _Keys:
         return _Keys(part.group, self.blocks, held)
+
+
+class _HeldPages:
+    """What a request holds of a group's layers, fetched from their pages when it is looked at."""
+
+    def __init__(self, group: Group, blocks: Tensor, held: int) -> None:
+        self._group, self._blocks, self._held = group, blocks, held
+        self._store: DenseStore | None = None
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys `[S, K, held, d]` and values, of all layers."""
+        return self.whole().view()
+
+    def whole(self) -> DenseStore:
+        """The same, to be compacted."""
+        if self._store is None:
+            keys = [pages.keys(self._blocks, self._held) for pages in self._group.pages]
+            values = [pages.values(self._blocks, self._held) for pages in self._group.pages]
+            self._store = DenseStore()
+            self._store.append(torch.stack(keys), torch.stack(values), self._held)
+        return self._store
+
+    def move(self, blocks: Tensor, plan: Plan | None) -> None:
+        """Write what a plan leaves, or all of it, to other blocks, one layer after the other."""
+        for place, pages in enumerate(self._group.pages):
+            keys, values = self._of(place)
+            if plan is not None:
+                heads = torch.arange(pages.heads, device=keys.device)[:, None]
+                rows = (plan.index[place] + heads * self._held).flatten()
+                keys, values = (_taken(part, rows) for part in (keys, values))
+            pages.write(blocks, keys, values)
+
+    def _of(self, place: int) -> tuple[Tensor, Tensor]:
+        if self._store is not None:
+            keys, values = self._store.view()
+            return keys[place], values[place]
+        pages = self._group.pages[place]
+        return pages.keys(self._blocks, self._held), pages.values(self._blocks, self._held)
+
+
+def _taken(part: Tensor, rows: Tensor) -> Tensor:
+    """`[K, n, d]` -> `[K, kept, d]`; rows: int64 `[K * kept]`, of all heads one after the other."""
+    heads, _, width = part.shape
+    return part.reshape(-1, width).index_select(0, rows).view(heads, -1, width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +228,7 @@ class _Said:
         self._rows: Tensor | None = None
 
     def observed(self, start: int, stop: int, count: int, held: int) -> Observed:
-        """Of queries start .. stop - 1 of `count`, when the slots up to the last of them were there."""
+        """Of queries start .. stop - 1 of `count`, when no slot behind the last one was there."""
         seen = held - count + stop
         needs, queries = self._needs, self._queries
         assert queries is not None or not needs.votes
@@ -223,7 +262,9 @@ class _Said:
         if self._rows is None:
             assert self._queries is not None
             held = self._keys.held
-            ask = Ask(Step.plain(held - count, count, "decode"), self._group.scale, Needs(last_rows=count))
+            ask = Ask(
+                Step.plain(held - count, count, "decode"), self._group.scale, Needs(last_rows=count)
+            )
             parts = [
                 report(self._queries[place : place + 1], self._keys(layer)[None], ask).rows
                 for place, layer in enumerate(self._group.layers)

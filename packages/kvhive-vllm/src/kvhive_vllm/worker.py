@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvhive.lengths import Lengths
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
@@ -28,7 +29,7 @@ else:
 logger = init_logger(f"vllm.{__name__}")
 
 
-class HiveWorker(Worker):  # type: ignore[misc]
+class HiveWorker(Worker):
     """Refuses what it cannot run before the model is loaded."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,8 +105,6 @@ class HiveWorker(Worker):  # type: ignore[misc]
 
     def _freed(self, block_size: int) -> str:
         """What a recipe frees of the longest request, for the log."""
-        from kvhive.lengths import Lengths
-
         tokens = self._shape().tokens
         lengths = Lengths(self.recipe)
         lengths.step(tokens)
