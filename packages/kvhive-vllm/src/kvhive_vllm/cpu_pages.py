@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kvhive_vllm.pages import Pages, tokens_of, whole_pages
-
-Writer = Callable[[Tensor, Tensor, Tensor], None]  # keys, values [n, K, d], slots int64 [n]
+from kvhive_vllm.pages import Pages, Writer, tokens_of, whole_pages
 
 
 class Packing(ABC):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Writer = Callable[[Tensor, Tensor, Tensor], None]  # keys, values [n, K, d], slots int64 [n]
 
 
 class Pages(ABC):

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from kvhive_vllm import backends
+from kvhive_vllm.backends.reporting import pages_of
 from kvhive_vllm.compression import Compression
 from kvhive_vllm.groups import groups_of
 from kvhive_vllm.manager import HiveSpec
@@ -18,6 +19,7 @@ from kvhive_vllm.memory import Shape, reserve
 from kvhive_vllm.refusals import checked_recipe
 from kvhive_vllm.rotations import counted_in_cache, rotations_of
 from kvhive_vllm.runner_v1 import RunnerV1
+from kvhive_vllm.runner_v2 import RunnerV2
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -38,8 +40,8 @@ class HiveWorker(Worker):
     def init_device(self) -> None:
         """The runner is made here, and becomes one that compresses."""
         super().init_device()
-        kind = type(self.model_runner)
-        self.model_runner.__class__ = type(f"Hive{kind.__name__}", (RunnerV1, kind), {})
+        kind, ours = type(self.model_runner), RunnerV2 if self.use_v2_model_runner else RunnerV1
+        self.model_runner.__class__ = type(f"Hive{kind.__name__}", (ours, kind), {})
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Full attention becomes attention whose tokens may go; the scheduler refuses others."""
@@ -81,7 +83,7 @@ class HiveWorker(Worker):
         shape = self._shape()
         groups = groups_of(
             self.recipe,
-            [layer.impl.pages(layer, block_size) for layer in layers],
+            [pages_of(layer, block_size) for layer in layers],
             [layer.impl.scale for layer in layers],
             rotations,
             turned,

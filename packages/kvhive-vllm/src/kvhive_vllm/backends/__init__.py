@@ -8,6 +8,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 OURS = {
     AttentionBackendEnum.CPU_ATTN: "kvhive_vllm.backends.cpu.HiveCpuBackend",
+    AttentionBackendEnum.FLASH_ATTN: "kvhive_vllm.backends.flash_attn.HiveFlashAttentionBackend",
+    AttentionBackendEnum.TRITON_ATTN: "kvhive_vllm.backends.triton_attn.HiveTritonAttentionBackend",
+    AttentionBackendEnum.FLASHINFER: "kvhive_vllm.backends.flashinfer.HiveFlashInferBackend",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from kvhive_vllm.backends.reporting import Reporting
@@ -17,11 +16,7 @@ class HiveCpuImpl(Reporting, CPUAttentionBackendImpl):
 
     def pages(self, layer: Any, block_size: int) -> Pages:
         """Of a layer with this implementation, whose cache is there."""
-
-        def write(keys: Tensor, values: Tensor, slots: Tensor) -> None:
-            self.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
-
-        return CpuPages(layer.kv_cache, block_size, write)
+        return CpuPages(layer.kv_cache, block_size, self.writer(layer))
 
 
 class HiveCpuBackend(CPUAttentionBackend):
