@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kvhive.recipe import Recipe
 
@@ -39,6 +39,7 @@ class Job:
     tokens: int
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One model with one recipe. It compresses a prompt once it has been read whole."""
 
@@ -51,6 +52,7 @@ class Engine(Protocol):
         """Give everything back."""
 
 
+@runtime_checkable
 class EngineKind(Protocol):
     """What an entry point names: an object, made of nothing, that starts engines."""
 

@@ -96,7 +96,7 @@ def held(recipe: Recipe, prompt: int, decoded: int, token_bytes: int) -> CacheSt
     for seen in range(prompt, prompt + decoded + 1):
         lengths.step(seen)
     seen, kept = lengths.seen, lengths.held
-    return CacheStats(seen, kept, kept * token_bytes, seen * token_bytes)
+    return CacheStats(seen, float(kept), kept * token_bytes, seen * token_bytes)
 
 
 def token_bytes(model: PreTrainedModel) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from kvhive.evaluation.sequences import Continuation, TokenScores
 from kvhive.evaluation.types import CacheStats
 from kvhive.recipe import Recipe
 
 
+@runtime_checkable
 class Reading(Protocol):
     """One recipe after some text. end: what its cache held at last."""
 
@@ -23,6 +24,7 @@ class Reading(Protocol):
 R = TypeVar("R", bound=Reading)
 
 
+@runtime_checkable
 class Runner(Protocol[R]):
     """Recipes at work on token ids. What a runner cannot do it refuses with `ValueError`."""
 
