@@ -15,6 +15,9 @@ FULL = Recipe.parse("full")
 # Unless set: no reports among the progress, and on CPUs a pool (GiB) that leaves room for others.
 SETTINGS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2"}
 
+# A process picks its attention once, and the engines of a run pick differently.
+OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
 
 class VllmKind:
     """How the evaluator finds vLLM and starts it: the entry point `vllm` of `kvhive.engines`."""
@@ -22,6 +25,7 @@ class VllmKind:
     def __init__(self) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        os.environ[OWN_PROCESS] = "1"
 
     @property
     def version(self) -> str:
@@ -61,6 +65,7 @@ class VllmEngine:
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             enforce_eager=True,
+            use_tqdm_on_load=False,
             seed=0,
             **ours,
         )
