@@ -41,5 +41,5 @@ def test_the_kind_says_what_it_is() -> None:
     assert kind.version.startswith("0.")
     assert kind.device in ("cpu", "cuda")
     kind.check(Recipe.parse("snapkv@0.4"))
-    with pytest.raises(ValueError, match=r"vLLM cannot run kivi@|vLLM cannot run h2o@0.4\+kivi"):
+    with pytest.raises(ValueError, match=r"vLLM cannot run h2o@0\.4\+kivi"):
         kind.check(Recipe.parse("h2o@0.4+kivi"))
