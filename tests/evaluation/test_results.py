@@ -23,6 +23,7 @@ FACTS = {
 SETTINGS = {
     **{"model": "m", "dtype": "float32", "device": "cpu", "recipes": ["full", "h2o@0.4"]},
     **{"tasks": ["kv"], "modes": ["aware"], "limit": 3, "seed": 0, "block": None, "hold": False},
+    "engine": "transformers",
 }
 
 

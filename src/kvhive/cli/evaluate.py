@@ -58,13 +58,13 @@ def evaluate(
         ),
     ] = None,
     mode: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="MODES",
             help="agnostic: the question comes after compression; aware: it is compressed too; "
-            "stream: texts without a question.",
+            "stream: texts without a question. Default: all that the engine can do.",
         ),
-    ] = "agnostic,aware,stream",
+    ] = None,
     limit: Annotated[
         int, typer.Option(min=1, max=10**6, metavar="ITEMS", help="Items a task.")
     ] = 60,
@@ -95,6 +95,14 @@ def evaluate(
             "Several times faster; what eviction while decoding loses is not seen.",
         ),
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="ENGINE",
+            help="Who runs the model: transformers, or an engine such as vllm (pip install "
+            "kvhive-vllm), for mode aware and tasks with written answers.",
+        ),
+    ] = "transformers",
     jobs: Annotated[
         int,
         typer.Option(
@@ -140,7 +148,7 @@ def evaluate(
         model=model,
         recipes=tuple(recipe or _RECIPES),
         tasks=tuple(task),
-        modes=tuple(part.strip() for part in mode.split(",") if part.strip()),
+        modes=_modes(mode, engine),
         limit=limit,
         seed=seed,
         data=data,
@@ -150,6 +158,7 @@ def evaluate(
         device=device,
         threads=threads,
         plugins=tuple(plugin or ()),
+        engine=engine,
     )
     be_quiet()
     try:
@@ -160,6 +169,15 @@ def evaluate(
             note(f"stopped; what is done is in {str(out)!r}: the same command goes on from there")
         raise typer.Exit(STOPPED) from None
     _summary(out, json, quiet)
+
+
+def _modes(text: str | None, engine: str) -> tuple[str, ...]:
+    from kvhive.evaluation.engine import TRANSFORMERS
+    from kvhive.inference.modes import MODES
+
+    if text is None:
+        return MODES if engine == TRANSFORMERS else ("aware",)
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _summary(folder: Path, json: bool, quiet: bool) -> None:

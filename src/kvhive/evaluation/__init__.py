@@ -1,1 +1,1 @@
-"""What a recipe costs and what it loses, on tasks: see `runner.py` for a whole run."""
+"""What a recipe costs and what it loses, on tasks: see `scheduler.py` for a whole run."""

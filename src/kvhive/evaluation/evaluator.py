@@ -7,7 +7,8 @@ import hashlib
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -23,6 +24,7 @@ from kvhive.cache.hive_cache import HiveCache
 from kvhive.evaluation.data import open_source
 from kvhive.evaluation.protocols import ModelUnderTest
 from kvhive.evaluation.row import ROW_SHAPE
+from kvhive.evaluation.runner import Runner
 from kvhive.evaluation.schema import check
 from kvhive.evaluation.scoring import ModelRunner
 from kvhive.evaluation.settings import NONE, Settings, Unit, modes_of
@@ -30,6 +32,7 @@ from kvhive.evaluation.tasks import Conversation, Task
 from kvhive.evaluation.tasks.context import TaskContext
 from kvhive.evaluation.types import CacheStats, Item, MeasureInput, RecipeResult
 from kvhive.inference.generation import end_tokens
+from kvhive.inference.modes import Mode
 from kvhive.model.chat import ChatFormat
 from kvhive.model.tokenizers import remember
 from kvhive.plugins import load_plugins, told_as_plugins
@@ -52,10 +55,15 @@ class Plan:
 
 class Evaluator:
     """Everything a unit needs, made once. loaded: a model and tokenizer at hand; else loaded by
-    name.
+    name. runner: what runs the recipes; else the model itself does.
     """
 
-    def __init__(self, settings: Settings, loaded: Loaded | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: Loaded | None = None,
+        runner: Runner[Any] | None = None,
+    ) -> None:
         self.settings = settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -69,7 +77,7 @@ class Evaluator:
         for recipe in self.recipes:
             HiveCache.for_model(self.model, recipe)  # says now what cannot work with this model
         self.context = TaskContext(self.source, tokenizer, settings.seed)
-        runner = ModelRunner(self.model, settings.block, hold=settings.hold)
+        runner = runner or ModelRunner(self.model, settings.block, hold=settings.hold)
         ends = end_tokens(self.model, tokenizer)
         self.tested = ModelUnderTest(runner, ChatFormat.of(tokenizer), ends, tuple(self.recipes))
         self._items: dict[str, tuple[list[Item], int]] = {}
@@ -144,6 +152,12 @@ class Evaluator:
         config = self.model.config.get_text_config(decoder=True)
         return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that any run of any item will have seen."""
+        every = ((self.tasks[text], item) for text in self.tasks for item in self._fitting(text)[0])
+        return max(self._tokens(task, item) for task, item in every)
+
     def _fitting(self, text: str) -> tuple[list[Item], int]:
         """A task's first items that fit the model, and how many were too long."""
         if text not in self._items:
@@ -175,21 +189,22 @@ class Evaluator:
 
     def run(self, unit: Unit) -> list[Row]:
         """A row for every recipe and the floor. Raises what goes wrong, with the unit's name."""
-        task = self.tasks[unit.task]
-        item = self._fitting(unit.task)[0][unit.number]
-        try:
-            with told_as_plugins(type(task)):
-                return self._rows(unit, task, item)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            kinds = (ValueError, RuntimeError, MemoryError)
-            kind = next(kind for kind in kinds if isinstance(error, kind))
-            raise kind(f"{unit}: {error}") from error
+        task, item = self._asked(unit)
+        with _told_with(unit, task):
+            *results, floor = _results(self.tested, task, item, unit.mode)
+            full = results[0].outcomes
+            return [self._row(unit, task, item, one, full, floor) for one in (*results, floor)]
 
-    def _rows(self, unit: Unit, task: Task, item: Item) -> list[Row]:
-        results = task.run(self.tested, item, unit.mode)
-        floor = dataclasses.replace(task.floor(self.tested, item, unit.mode), recipe=NONE)
-        full = results[0].outcomes
-        return [self._row(unit, task, item, one, full, floor) for one in (*results, floor)]
+    def results(self, unit: Unit) -> list[RecipeResult]:
+        """What every recipe made of it, and the floor at last, not yet measured. Raises as
+        `run`.
+        """
+        task, item = self._asked(unit)
+        with _told_with(unit, task):
+            return _results(self.tested, task, item, unit.mode)
+
+    def _asked(self, unit: Unit) -> tuple[Task, Item]:
+        return self.tasks[unit.task], self._fitting(unit.task)[0][unit.number]
 
     def _row(
         self,
@@ -225,6 +240,22 @@ class Evaluator:
         }
         check(row, ROW_SHAPE, str(unit))
         return row
+
+
+@contextmanager
+def _told_with(unit: Unit, task: Task) -> Iterator[None]:
+    try:
+        with told_as_plugins(type(task)):
+            yield
+    except (ValueError, RuntimeError, MemoryError) as error:
+        kinds = (ValueError, RuntimeError, MemoryError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{unit}: {error}") from error
+
+
+def _results(tested: ModelUnderTest, task: Task, item: Item, mode: Mode) -> list[RecipeResult]:
+    floor = dataclasses.replace(task.floor(tested, item, mode), recipe=NONE)
+    return [*task.run(tested, item, mode), floor]
 
 
 def _measured(start: CacheStats, end: CacheStats) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kvhive.evaluation.runner import Runner
 from kvhive.evaluation.scoring import ModelRunner
-from kvhive.evaluation.sequences import Continuation, Sequence, TokenScores, held
+from kvhive.evaluation.sequences import Continuation, TokenScores
 from kvhive.evaluation.types import CacheStats, Item, Outcome, Probe, RecipeResult
 from kvhive.inference.modes import Mode
 from kvhive.model.chat import ChatFormat, Part
@@ -22,7 +24,7 @@ FULL = Recipe.parse("full")
 class ModelUnderTest:
     """How to ask: the runner, the chat form, the ids that end an answer, the recipes."""
 
-    runner: ModelRunner
+    runner: Runner[Any]
     chat: ChatFormat
     ends: frozenset[int]
     recipes: tuple[Recipe, ...]
@@ -39,6 +41,13 @@ class ModelUnderTest:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's."""
         return self.chat.tokenizer
+
+    @property
+    def model_runner(self) -> ModelRunner:
+        """`runner`, for protocols that look into the model. Raises `ValueError` for an engine's."""
+        if not isinstance(self.runner, ModelRunner):
+            raise ValueError("an engine does not show what is inside it: use transformers")
+        return self.runner
 
     def prefix(self, item: Item, part: Part) -> tuple[int, ...]:
         """Ids of the item's context (`part` is its prefix or its bare form), the user's turn left
@@ -76,7 +85,7 @@ def ask(
     starts: list[CacheStats] = []
     for probe in item.probes[:most]:
         sequences = tested.runner.read((*prefix, *tested.query(item, probe)), tested.recipes)
-        starts = starts or [held(one.cache) for one in sequences]
+        starts = starts or [one.end for one in sequences]
         outcomes.append(_answer(tested, probe, sequences))
     return _results(sequences, starts, outcomes)
 
@@ -85,7 +94,7 @@ def _from_one_prompt(
     tested: ModelUnderTest, item: Item, prefix: tuple[int, ...]
 ) -> list[RecipeResult]:
     sequences = tested.runner.read(prefix, tested.recipes)
-    starts = [held(one.cache) for one in sequences]
+    starts = [one.end for one in sequences]
     only_targets = not any(probe.choices or probe.limit for probe in item.probes)
     way = _answer_together if only_targets else _answer_in_turn
     return _results(sequences, starts, way(tested, item, sequences))
@@ -101,7 +110,7 @@ def converse(
     prefix, first = tested.prefix(item, part), tested.query(item, item.probes[0])
     ids = (*prefix, *first) if mode == "aware" else prefix
     sequences = tested.runner.read(ids, tested.recipes)
-    starts = [held(one.cache) for one in sequences]
+    starts = [one.end for one in sequences]
     if mode == "agnostic":
         tested.runner.advance(sequences, first)
     outcomes = []
@@ -114,7 +123,7 @@ def converse(
     return _results(sequences, starts, outcomes)
 
 
-def _answer(tested: ModelUnderTest, probe: Probe, sequences: list[Sequence]) -> list[Outcome]:
+def _answer(tested: ModelUnderTest, probe: Probe, sequences: abc.Sequence[Any]) -> list[Outcome]:
     """One probe, its question already fed; the sequences stay where they are."""
     target, choices = tested.target(probe), [tested.chat.ids(one) for one in probe.choices]
     wanted = [Continuation(ids) for ids in (target, *choices) if ids]
@@ -124,7 +133,7 @@ def _answer(tested: ModelUnderTest, probe: Probe, sequences: list[Sequence]) -> 
 
 
 def _answer_in_turn(
-    tested: ModelUnderTest, item: Item, sequences: list[Sequence]
+    tested: ModelUnderTest, item: Item, sequences: abc.Sequence[Any]
 ) -> list[list[Outcome]]:
     """All probes of an item, each from its own copy of the caches: `[probe][sequence]`."""
     outcomes = []
@@ -138,7 +147,7 @@ def _answer_in_turn(
 
 
 def _answer_together(
-    tested: ModelUnderTest, item: Item, sequences: list[Sequence]
+    tested: ModelUnderTest, item: Item, sequences: abc.Sequence[Any]
 ) -> list[list[Outcome]]:
     """All probes of an item that has targets only, as rows of one batch: `[probe][sequence]`."""
     wanted = []
@@ -149,7 +158,7 @@ def _answer_together(
     return [[_outcome([one[place]], True, None) for one in scores] for place in range(len(wanted))]
 
 
-def _write(tested: ModelUnderTest, probe: Probe, sequences: list[Sequence]) -> list[str | None]:
+def _write(tested: ModelUnderTest, probe: Probe, sequences: abc.Sequence[Any]) -> list[str | None]:
     """Generated answers of copies of the sequences, cut before the probe's stop strings."""
     if not probe.limit:
         return [None] * len(sequences)
@@ -187,7 +196,7 @@ def _outcome(scores: abc.Sequence[TokenScores], has_target: bool, text: str | No
 
 
 def _results(
-    sequences: list[Sequence], starts: list[CacheStats], outcomes: list[list[Outcome]]
+    sequences: abc.Sequence[Any], starts: list[CacheStats], outcomes: list[list[Outcome]]
 ) -> list[RecipeResult]:
     """outcomes: `[probe][sequence]`."""
     return [

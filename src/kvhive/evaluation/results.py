@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from kvhive.evaluation.engine import TRANSFORMERS
 from kvhive.evaluation.row import ROW_SHAPE, RUN_SHAPE
 from kvhive.evaluation.schema import check
 from kvhive.files import write_whole
@@ -127,6 +128,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"{str(path)!r} is damaged, it is not JSON ({error}); {_RESTORE}"
         ) from None
     check(run, RUN_SHAPE, f"{str(path)!r} is damaged", _RESTORE)
+    run["settings"].setdefault("engine", TRANSFORMERS)  # of runs from before there were others
     return run
 
 

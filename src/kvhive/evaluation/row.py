@@ -51,11 +51,12 @@ _SETTINGS = record(
         "seed": WHOLE,
         "block": optional(COUNT),
         "hold": FLAG,
-    }
+    },
+    {"engine": TEXT},
 )
 _VERSIONS = ("kvhive", "torch", "transformers", "python", "machine", "model_type", "model_sha256")
 _RUN_FACTS = record(
     {**dict.fromkeys(_VERSIONS, TEXT), "threads": COUNT, "data": mapping(TEXT)},
-    {"plugin_sha256": mapping(TEXT), "items": mapping(COUNT)},
+    {"plugin_sha256": mapping(TEXT), "items": mapping(COUNT), "engine": TEXT},
 )
 RUN_SHAPE = record({"settings": _SETTINGS, "facts": _RUN_FACTS})

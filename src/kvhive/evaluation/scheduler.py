@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kvhive.evaluation.engine import TRANSFORMERS
+from kvhive.evaluation.engine_pool import EnginePool
 from kvhive.evaluation.evaluator import Loaded, Plan, Row
 from kvhive.evaluation.results import ResultsFolder
 from kvhive.evaluation.settings import NONE, Settings, Unit, units_done
@@ -79,6 +81,13 @@ def evaluate(
 
 def _pool(settings: Settings, jobs: int, ray: str | None, loaded: Loaded | None) -> WorkerPool:
     _JOBS.check("evaluate", jobs)
+    if settings.engine != TRANSFORMERS:
+        if jobs > 1 or ray is not None or loaded is not None:
+            raise ValueError(
+                f"{settings.engine} loads the model itself and works on many items at once; leave "
+                "--jobs, --ray and a model at hand out"
+            )
+        return EnginePool(settings)
     if ray is not None:
         from kvhive.evaluation.ray_workers import RayPool
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kvhive.evaluation.engine import TRANSFORMERS, find_engine
 from kvhive.evaluation.protocols import FULL
 from kvhive.evaluation.tasks import Task, is_group, parse_tasks
 from kvhive.inference.modes import MODES, Mode
@@ -21,6 +22,12 @@ _BOUNDS = (
     Knob("block", int | None, None, least=1, most=2**31 - 1),
     Knob("threads", int | None, None, least=1, most=1024),
 )
+# What an engine has no counterpart of, as on the command line, and why.
+_TRANSFORMERS_ONLY = {
+    "hold": ("--hold", "it goes on evicting while it writes"),
+    "block": ("--prefill-block", "it compresses a prompt once it has been read whole"),
+    "threads": ("--threads", "it has settings of its own for them"),
+}
 NONE = "none"  # the name of the floor among recipes: the full cache, without the context
 
 
@@ -34,6 +41,8 @@ class Settings:
     block: None reads prompts in one step; a number feeds them in blocks of so many tokens. hold:
     evict nothing after the prompt. threads: CPU threads of a worker; None leaves it to torch.
     plugins: files or modules that register tasks or methods of your own; every worker loads them.
+    engine: who runs the model, "transformers" or an installed engine, which can do less:
+    mode "aware" and tasks that are answered in writing alone.
     """
 
     model: str = "smollm2"
@@ -49,6 +58,7 @@ class Settings:
     device: str = "cpu"
     threads: int | None = None
     plugins: tuple[str, ...] = ()
+    engine: str = TRANSFORMERS
 
     def checked(self) -> Settings:
         """The same in normal form. Raises `ValueError` with one sentence for what cannot work.
@@ -63,11 +73,25 @@ class Settings:
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+        if self.engine != TRANSFORMERS:
+            self._check_engine()
         recipes = tuple(str(recipe) for recipe in self.parsed_recipes())
         tasks = tuple(str(task) for task in self._chosen()[0])
         if not tasks:
             raise ValueError("no task was named")
         return replace(self, recipes=recipes, tasks=tasks)
+
+    def _check_engine(self) -> None:
+        find_engine(self.engine)
+        for mode in self.modes:
+            if mode != "aware":
+                raise ValueError(
+                    f"mode {mode} cannot be measured through {self.engine}, which compresses a "
+                    "prompt once it has been read whole, question and all; give --mode aware"
+                )
+        for name, (option, why) in _TRANSFORMERS_ONLY.items():
+            if getattr(self, name):
+                raise ValueError(f"{option} is nothing for {self.engine}: {why}; leave it out")
 
     def notes(self) -> list[str]:
         """What `checked` leaves out."""

@@ -26,7 +26,7 @@ def stream(
 
     A token is scored under the cache that the block before left (and the tokens of its own block).
     """
-    runner = tested.runner
+    runner = tested.model_runner
     caches = [HiveCache.for_model(runner.model, recipe) for recipe in tested.recipes]
     starts: list[CacheStats] = []
     scores: list[list[tuple[float, bool]]] = [[] for _ in caches]
@@ -53,9 +53,9 @@ def in_pieces(
     (recipe,) = tested.recipes
     for begin in range(skip - skip % piece, len(ids) - 1, piece):
         part = tuple(ids[begin : begin + piece])
-        (sequence,) = tested.runner.read((), [recipe])
+        (sequence,) = tested.model_runner.read((), [recipe])
         if part[1:]:
-            ((scores,),) = tested.runner.force([sequence], [Continuation(part, 1)])
+            ((scores,),) = tested.model_runner.force([sequence], [Continuation(part, 1)])
             scored += list(zip(scores.logprobs, scores.hits, strict=True))
     return RecipeResult(str(recipe), (_outcome(scored),), sequence.end, sequence.end)
 
@@ -67,9 +67,9 @@ def compare(tested: ModelUnderTest, item: Item) -> list[RecipeResult]:
     while decoding.
     """
     ids = tested.target(item.probes[0])
-    sequences = tested.runner.read(tested.prefix(item, item.prefix), tested.recipes)
+    sequences = tested.model_runner.read(tested.prefix(item, item.prefix), tested.recipes)
     starts = [held(one.cache) for one in sequences]
-    attended = attended_by(tested.runner.driver, [one.cache for one in sequences], ids)
+    attended = attended_by(tested.model_runner.driver, [one.cache for one in sequences], ids)
     truth = _logits(tested, sequences[:1], ids)[0]
     outcomes = [_fidelity(truth, truth, ids, attended[0])]
     for begin in range(1, len(sequences), TOGETHER):
@@ -85,8 +85,8 @@ def compare(tested: ModelUnderTest, item: Item) -> list[RecipeResult]:
 def compare_bare(tested: ModelUnderTest, item: Item) -> RecipeResult:
     """The floor of `compare`: the full cache, which is the only recipe, without the prefix."""
     ids = tested.target(item.probes[0])
-    (informed,) = tested.runner.read(tested.prefix(item, item.prefix), tested.recipes)
-    (without,) = tested.runner.read((), tested.recipes)
+    (informed,) = tested.model_runner.read(tested.prefix(item, item.prefix), tested.recipes)
+    (without,) = tested.model_runner.read((), tested.recipes)
     truth, bare = (_logits(tested, [one], ids)[0] for one in (informed, without))
     outcome = _fidelity(bare, truth, ids, None)
     return RecipeResult(without.recipe, (outcome,), without.end, without.end)
@@ -98,7 +98,7 @@ def _logits(
     """Logits `[tokens, vocabulary]` after each token but the last, on the CPU; the sequences go
     on.
     """
-    return [logits.cpu() for logits in tested.runner.follow(sequences, ids[:-1])]
+    return [logits.cpu() for logits in tested.model_runner.follow(sequences, ids[:-1])]
 
 
 def _outcome(scored: abc.Sequence[tuple[float, bool]]) -> Outcome:

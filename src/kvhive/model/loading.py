@@ -46,6 +46,19 @@ def load(
     return model, tokenizer
 
 
+def folder_or_hub(name: str | Path) -> str:
+    """The folder or hub id of what `load` finds by that name, for programs that load it themselves.
+
+    Raises ValueError for a `.gguf` file.
+    """
+    if str(name) == "smollm2":
+        return str(smollm2_folder())
+    if str(name).endswith(".gguf"):
+        raise ValueError(f"{str(name)!r} is a GGUF file; give a model as a folder or by its hub id")
+    path = expanded(str(name))
+    return str(path) if path.is_dir() else str(name)
+
+
 def be_quiet() -> None:
     """Turn off the advice and the bars of transformers, and the hub's report of every attempt."""
     from transformers.utils import logging
@@ -56,12 +69,10 @@ def be_quiet() -> None:
 
 
 def _found(name: str, options: dict[str, Any]) -> Loaded:
-    if name == "smollm2":
-        return from_folder(smollm2_folder(), options)
-    path = expanded(name)
     if name.endswith(".gguf"):
-        return from_gguf(path, options)
-    return from_folder(path, options) if path.is_dir() else from_hub(name, options)
+        return from_gguf(expanded(name), options)
+    place = folder_or_hub(name)
+    return from_folder(Path(place), options) if Path(place).is_dir() else from_hub(place, options)
 
 
 def _check_device(device: str | torch.device) -> None:

@@ -19,7 +19,8 @@ def as_markdown(run: Run, command: str) -> str:
     """The text of the file. command: what made it."""
     settings, facts = run.settings, run.facts
     how = {name: settings[name] for name in ("model", "dtype", "limit", "seed", "block", "hold")}
-    shown = {**how, **{name: facts[name] for name in _SHOWN}}
+    engine = facts.get("engine")
+    shown = {**how, "engine": engine, **{name: facts[name] for name in _SHOWN}}
     lines = [
         "<!-- kvhive report -->",
         f"# {run.name}",
@@ -27,6 +28,11 @@ def as_markdown(run: Run, command: str) -> str:
         *_unfinished(run),
         ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None) + ".",
         "± is half of a 95 % bootstrap interval, paired on the same items in comparisons. MiB",
+        *(
+            ["of an engine are those of the keys and values kept, without its pages' rest; they"]
+            if engine
+            else []
+        ),
         "are counted when decoding begins. Skill is (score - floor) / (full - floor); the floor is",
         "the full cache without the context.",
         *(f"\n**{sentence}.**" for sentence in run.unclear()),
