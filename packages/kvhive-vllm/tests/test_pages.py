@@ -59,6 +59,9 @@ def test_what_the_engine_writes_is_read(
     write(keys, values, slots)  # type: ignore[operator]
     assert torch.equal(pages.keys(blocks, n), keys.transpose(0, 1))
     assert torch.equal(pages.values(blocks, n), values.transpose(0, 1))
+    both = pages.both(blocks, n)
+    assert torch.equal(both[0], pages.keys(blocks, n))
+    assert torch.equal(both[1], pages.values(blocks, n))
 
 
 @pytest.mark.parametrize(("isa", "dtype", "size", "width"), KINDS)
@@ -85,6 +88,8 @@ def test_packings_are_the_inverse_of_themselves(size: int, width: int, rows: int
     for packing in PACKINGS:
         for dtype in (torch.bfloat16, torch.float32):
             tiles = torch.randn(rows, size, width).to(dtype)
+            if not packing.fits(tiles, size, width):
+                continue
             assert torch.equal(packing.unpack(packing.pack(tiles), size), tiles)
 
 

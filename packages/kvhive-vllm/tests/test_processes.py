@@ -24,6 +24,23 @@ if __name__ == "__main__":
 """
 
 
+def told(script: str, job: dict[str, Any], folder: Path, **settings: str) -> Any:
+    """What a script prints behind the word `given`."""
+    place = folder / "run.py"
+    place.write_text(script)
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(place), json.dumps(job)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("given ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[0].removeprefix("given "))
+
+
 def in_a_process(tiny: Tiny, recipe: str, texts: list[list[int]], new: int, **options: Any) -> Any:
     """What an engine gives whose core is a process; the test's own engines are not."""
     job = {
@@ -33,22 +50,7 @@ def in_a_process(tiny: Tiny, recipe: str, texts: list[list[int]], new: int, **op
         "new": new,
         "options": options,
     }
-    root = Path(__file__).parents[1]
-    given = dict(os.environ)
-    paths = [str(root), *filter(None, [given.get("PYTHONPATH")])]
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    script = Path(tiny.folder).parent / "run.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=given | settings,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("given ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0].removeprefix("given "))
+    return told(SCRIPT, job, tiny.folder.parent, VLLM_ENABLE_V1_MULTIPROCESSING="1")
 
 
 def test_the_core_of_an_engine_may_be_a_process(tiny: Tiny) -> None:

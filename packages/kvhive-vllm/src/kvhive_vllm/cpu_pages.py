@@ -23,8 +23,8 @@ class Packing(ABC):
     def pack(self, rows: Tensor) -> Tensor:
         """`[..., size, d]` -> `[..., size * d]`."""
 
-    def fits(self, size: int, width: int) -> bool:
-        """Whether tiles of this size can be packed so."""
+    def fits(self, tiles: Tensor, size: int, width: int) -> bool:
+        """Whether tiles of such numbers can be packed so, of `size` tokens `width` wide."""
         return True
 
 
@@ -71,29 +71,36 @@ class ChannelPairs(Packing):
         pairs = rows.contiguous().view(torch.int32).unflatten(-2, (-1, 16))
         return pairs.transpose(-1, -2).flatten(-3).contiguous().view(rows.dtype)
 
-    def fits(self, size: int, width: int) -> bool:
-        """Whole groups and pairs."""
-        return size % 16 == 0 and width % 2 == 0
+    def fits(self, tiles: Tensor, size: int, width: int) -> bool:
+        """Whole groups and pairs of 16 bits."""
+        return tiles.itemsize == 2 and size % 16 == 0 and width % 2 == 0
 
 
 class TokenPairs(Packing):
-    """Pairs of tokens of 16 channels after one another: values for the same instructions."""
+    """Pairs of tokens of 16 channels after one another: values for the same instructions, on 16
+    bits too. A pair is moved as one number of 32 bits, the first of its tokens in the lower half.
+    """
 
     name = "token pairs"
 
     def unpack(self, tiles: Tensor, size: int) -> Tensor:
-        """`[16 channels, pairs of tokens, channel, token of the pair]` -> tokens, channels."""
-        parts = tiles.unflatten(-1, (-1, size // 2, 16, 2))
-        return parts.movedim((-3, -1), (-4, -3)).flatten(-4, -3).flatten(-2)
+        """`[16 channels, pairs of tokens, channel]` -> pairs, channels -> tokens, channels."""
+        parts = tiles.view(torch.int32).unflatten(-1, (-1, size // 2, 16))
+        pairs = parts.transpose(-2, -3).flatten(-2)
+        first, second = pairs.to(torch.int16), (pairs >> 16).to(torch.int16)
+        return torch.stack([first, second], -2).flatten(-3, -2).view(tiles.dtype)
 
     def pack(self, rows: Tensor) -> Tensor:
         """The other way round."""
-        parts = rows.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 16))
-        return parts.movedim((-2, -4), (-4, -3)).transpose(-1, -2).flatten(-4)
+        tokens = rows.contiguous().view(torch.int16).unflatten(-2, (-1, 2))
+        first, second = tokens.to(torch.int32).unbind(-2)
+        pairs = (first & 0xFFFF) | (second << 16)
+        parts = pairs.unflatten(-1, (-1, 16)).transpose(-2, -3)
+        return parts.flatten(-3).contiguous().view(rows.dtype)
 
-    def fits(self, size: int, width: int) -> bool:
-        """Whole pairs and groups."""
-        return size % 2 == 0 and width % 16 == 0
+    def fits(self, tiles: Tensor, size: int, width: int) -> bool:
+        """Whole pairs and groups of 16 bits."""
+        return tiles.itemsize == 2 and size % 2 == 0 and width % 16 == 0
 
 
 PACKINGS = (Rows(), Columns(), ChannelPairs(), TokenPairs())
@@ -110,6 +117,7 @@ class CpuPages(Pages):
         pages, heads, size, both = cache.shape
         super().__init__(size, heads, both // 2, both // 2, block_size)
         self._tiles = cache.view(pages, heads, 2, size * self.width)
+        self._pages = cache.view(pages, -1)
         self._keys, self._values = self._packings(write)
 
     def keys(self, blocks: Tensor, tokens: int) -> Tensor:
@@ -119,6 +127,16 @@ class CpuPages(Pages):
     def values(self, blocks: Tensor, tokens: int) -> Tensor:
         """As `Pages.values`."""
         return self._read(1, self._values, blocks, tokens)
+
+    def both(self, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """As `Pages.both`; whole pages are fetched, in one go."""
+        pages = self._pages.index_select(0, self.pages(blocks, tokens))
+        tiles = pages.view(-1, *self._tiles.shape[1:]).unbind(2)
+        keys, values = (
+            tokens_of(packing.unpack(tile.contiguous(), self.size), tokens)
+            for packing, tile in zip((self._keys, self._values), tiles, strict=True)
+        )
+        return keys, values
 
     def write(self, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
         """As `Pages.write`."""
@@ -145,7 +163,7 @@ class CpuPages(Pages):
         """tiles `[K, size * d]`, rows `[size, K, d]`: the same numbers."""
         wanted = rows.transpose(0, 1)
         for packing in PACKINGS:
-            if not packing.fits(self.size, self.width):
+            if not packing.fits(tiles, self.size, self.width):
                 continue
             unpacked = packing.unpack(tiles, self.size)
             if torch.equal(unpacked, wanted) and torch.equal(packing.pack(unpacked), tiles):

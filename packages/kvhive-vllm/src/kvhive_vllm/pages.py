@@ -31,6 +31,10 @@ class Pages(ABC):
     def values(self, blocks: Tensor, tokens: int) -> Tensor:
         """Their values, `[K, tokens, e]`."""
 
+    def both(self, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self.keys(blocks, tokens), self.values(blocks, tokens)
+
     @abstractmethod
     def write(self, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys `[K, n, d]` and values `[K, n, e]` into the first n slots of blocks; what is

@@ -173,10 +173,10 @@ class _HeldPages:
     def whole(self) -> DenseStore:
         """The same, to be compacted."""
         if self._store is None:
-            keys = [pages.keys(self._blocks, self._held) for pages in self._group.pages]
-            values = [pages.values(self._blocks, self._held) for pages in self._group.pages]
+            parts = [pages.both(self._blocks, self._held) for pages in self._group.pages]
+            keys, values = (torch.stack(side) for side in zip(*parts, strict=True))
             self._store = DenseStore()
-            self._store.append(torch.stack(keys), torch.stack(values), self._held)
+            self._store.append(keys, values, self._held)
         return self._store
 
     def move(self, blocks: Tensor, plan: Plan | None) -> None:
@@ -193,8 +193,7 @@ class _HeldPages:
         if self._store is not None:
             keys, values = self._store.view()
             return keys[place], values[place]
-        pages = self._group.pages[place]
-        return pages.keys(self._blocks, self._held), pages.values(self._blocks, self._held)
+        return self._group.pages[place].both(self._blocks, self._held)
 
 
 def _taken(part: Tensor, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ place. What attention gives is the engine's own.
 
 from __future__ import annotations
 
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 OURS = {
@@ -15,6 +16,9 @@ OURS = {
 
 
 def register() -> None:
-    """Called in a worker's process before any layer is built."""
+    """Called in a worker's process before any layer is built. An engine without a recipe that was
+    there first has left vLLM's own choice in its memory.
+    """
     for backend, path in OURS.items():
         register_backend(backend, path)
+    selector._cached_get_attn_backend.cache_clear()
