@@ -101,7 +101,7 @@ def test_empty_slots_may_hold_anything() -> None:
     state.fold(maps, keys, values, held)
     alone = State.empty(1, 1, 8, 4, keys.device)
     alone.fold(maps, keys[:, :, ::2], values[:, :, ::2], held[:, :, ::2])
-    assert torch.allclose(state.values, alone.values)
+    assert torch.allclose(state.values, alone.values, rtol=1e-4, atol=1e-4)
 
 
 def test_an_empty_state_says_nothing_and_a_faint_one_is_clamped() -> None:

@@ -57,12 +57,10 @@ class PromptVotes:
         )
 
     def _add_columns(self, layer: int, scale: float, query: Tensor, keys: Tensor) -> None:
-        fresh, columns = (
-            query.shape[1],
-            Needs(columns=self.needs.columns, fold=self.needs.fold, decay=self.needs.decay),
-        )
+        fresh = query.shape[1]
         step = Step.plain(keys.shape[1] - fresh, fresh, "prefill")
-        new = report(query[None], keys[None], Ask(step, scale, columns)).columns
+        ask = Ask(step, scale, columns_alone(self.needs))
+        new = report(query[None], keys[None], ask).columns
         assert new is not None
         total, earlier = new[0], self._columns[layer]
         if earlier is not None:
@@ -76,6 +74,11 @@ class PromptVotes:
             query = query[:, -last:]
         whole = query.clone() if earlier is None else torch.cat([earlier, query], 1)
         self._queries[layer] = whole if last is None else whole[:, -last:]
+
+
+def columns_alone(needs: Needs) -> Needs:
+    """Of what is needed the columns."""
+    return Needs(columns=needs.columns, fold=needs.fold, decay=needs.decay)
 
 
 def _stacked(parts: list[Tensor | None]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvhive_vllm.groups import Group
 from kvhive_vllm.orders import Cut
-from kvhive_vllm.prompts import PromptVotes
+from kvhive_vllm.prompts import PromptVotes, columns_alone
 
 WAITING = 16  # decoded queries that wait to vote, so that keys are read once for all of them
 HEADROOM = 128  # slots made room for ahead while decoding
@@ -248,7 +248,7 @@ class _Said:
     def _reported_columns(self, start: int, stop: int, seen: int) -> Tensor:
         assert self._queries is not None
         step = Step.plain(seen - (stop - start), stop - start, "decode")
-        needs = Needs(columns=self._needs.columns, fold=self._needs.fold, decay=self._needs.decay)
+        needs = columns_alone(self._needs)
         parts = []
         for place, layer in enumerate(self._group.layers):
             query = self._queries[place : place + 1, :, start:stop]
