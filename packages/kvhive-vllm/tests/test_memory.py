@@ -12,9 +12,7 @@ from kvhive.step import Step
 from kvhive_vllm.memory import Reserve, Shape, reserve
 from kvhive_vllm.recipes import read
 
-SHAPE = Shape(
-    layers=3, heads=8, kv_heads=2, width=64, itemsize=2, tokens=1000, requests=4, batched=512
-)
+SHAPE = Shape(layers=3, heads=8, kv_heads=2, width=64, itemsize=2, tokens=1000, requests=4)
 
 
 @pytest.mark.parametrize("recipe", ["window@100", "h2o@100", "snapkv@100", "l2norm@100"])

@@ -13,8 +13,6 @@ from kvhive_vllm.pages import Pages, Writer, tokens_of, whole_pages
 class Packing(ABC):
     """How the numbers of `size` tokens of one head lie in a tile."""
 
-    name: str
-
     @abstractmethod
     def unpack(self, tiles: Tensor, size: int) -> Tensor:
         """`[..., size * d]` -> `[..., size, d]`."""
@@ -31,8 +29,6 @@ class Packing(ABC):
 class Rows(Packing):
     """Token after token."""
 
-    name = "rows"
-
     def unpack(self, tiles: Tensor, size: int) -> Tensor:
         """As they are."""
         return tiles.unflatten(-1, (size, -1))
@@ -45,8 +41,6 @@ class Rows(Packing):
 class Columns(Packing):
     """Channel after channel."""
 
-    name = "columns"
-
     def unpack(self, tiles: Tensor, size: int) -> Tensor:
         """Transposed."""
         return tiles.unflatten(-1, (-1, size)).transpose(-1, -2)
@@ -58,8 +52,6 @@ class Columns(Packing):
 
 class ChannelPairs(Packing):
     """Pairs of channels of 16 tokens after one another: keys for matrix instructions on 16 bits."""
-
-    name = "channel pairs"
 
     def unpack(self, tiles: Tensor, size: int) -> Tensor:
         """Pairs are moved as one number of 32 bits."""
@@ -80,8 +72,6 @@ class TokenPairs(Packing):
     """Pairs of tokens of 16 channels after one another: values for the same instructions, on 16
     bits too. A pair is moved as one number of 32 bits, the first of its tokens in the lower half.
     """
-
-    name = "token pairs"
 
     def unpack(self, tiles: Tensor, size: int) -> Tensor:
         """`[16 channels, pairs of tokens, channel]` -> pairs, channels -> tokens, channels."""

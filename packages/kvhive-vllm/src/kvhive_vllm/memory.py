@@ -21,8 +21,7 @@ SHORT = 32_767
 @dataclass(frozen=True)
 class Shape:
     """Of what one worker holds: `layers` of `heads` query heads and `kv_heads` KV heads, `width`
-    numbers of `itemsize` bytes each; up to `requests` of at most `tokens` tokens each, of which a
-    step brings `batched` at most.
+    numbers of `itemsize` bytes each; up to `requests` of at most `tokens` tokens each.
     """
 
     layers: int
@@ -32,7 +31,6 @@ class Shape:
     itemsize: int
     tokens: int
     requests: int
-    batched: int
 
     @property
     def bytes_a_token(self) -> int:

@@ -33,12 +33,12 @@ def rotations_of(model: nn.Module, layers: Sequence[str]) -> list[Rotation | Non
 def _rotation(rotary: Any) -> Rotation | None:
     try:
         frequencies = rotary._compute_inv_freq(rotary.base)
-        table, _ = rotary.cos_sin_cache, rotary.is_neox_style
+        table, halves = rotary.cos_sin_cache, rotary.is_neox_style
     except (AttributeError, TypeError, NotImplementedError):
         return None
     if not isinstance(frequencies, Tensor) or not _is_plain(frequencies, table):
         return None
-    return Rotation(frequencies.double().cpu(), "halves" if rotary.is_neox_style else "pairs")
+    return Rotation(frequencies.double().cpu(), "halves" if halves else "pairs")
 
 
 def _is_plain(frequencies: Tensor, table: Tensor) -> bool:

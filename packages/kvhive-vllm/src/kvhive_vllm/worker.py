@@ -126,5 +126,4 @@ class HiveWorker(Worker):
             itemsize=model.dtype.itemsize,
             tokens=model.max_model_len,
             requests=config.scheduler_config.max_num_seqs,
-            batched=config.scheduler_config.max_num_batched_tokens,
         )
