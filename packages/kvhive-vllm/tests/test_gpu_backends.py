@@ -83,9 +83,9 @@ def test_attention_that_does_not_report_is_refused() -> None:
         pages_of(layer, 16)
 
 
-def test_tokens_of_attention_in_triton_are_those_of_a_hive_cache(folder: Path) -> None:
+def test_tokens_of_attention_in_triton_are_those_of_a_hive_cache(tmp_path: Path) -> None:
     """Interpreted, which is slow: one layer, few tokens."""
-    tiny = make(folder / "model", num_hidden_layers=1)
+    tiny = make(tmp_path / "model", num_hidden_layers=1)
     text, new, recipe = prompts(40)[0], 5, "h2o@20"
     job = Job(recipe, [text], new, attention="TRITON_ATTN", options={"block_size": 16})
     (outcome,) = run(tiny.folder, [job])
