@@ -21,7 +21,7 @@ FORM = struct.Struct("4q")
 class Counters:
     """The scheduler's end. A file of the same name that was left over is replaced.
 
-    close: nobody counts any more, and the file goes.
+    close: nobody counts any more, and the file goes if nobody has taken it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,10 +50,33 @@ def place(config: VllmConfig, engine: int) -> Path:
     return Path(tempfile.gettempdir()) / f"kvhive-vllm-{config.instance_id}-{engine}"
 
 
-def read(path: Path) -> tuple[int, int, int, int] | None:
-    """What `write` wrote last; None: no engine counts there, or on another machine."""
+class Reader:
+    """The server's end. Once it has the file mapped it removes the name, so that nothing is left
+    over even where the engine is killed, and of several servers of one engine only one counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._map: mmap.mmap | None = None
+
+    def read(self) -> tuple[int, int, int, int] | None:
+        """What `write` wrote last; None: no engine counts there, it is on another machine, or
+        somebody else reads.
+        """
+        if self._map is None:
+            self._map = _taken(self._path)
+        return None if self._map is None else FORM.unpack_from(self._map)
+
+
+def _taken(path: Path) -> mmap.mmap | None:
+    """A file, mapped, without its name."""
+    mine = path.with_name(f"{path.name}-{os.getpid()}")
     try:
-        dropped, freed, blocks, requests = FORM.unpack(path.read_bytes())
-    except (FileNotFoundError, struct.error):
+        path.rename(mine)  # one of several readers succeeds
+    except OSError:
         return None
-    return dropped, freed, blocks, requests
+    try:
+        with mine.open("rb") as file:
+            return mmap.mmap(file.fileno(), FORM.size, access=mmap.ACCESS_READ)
+    finally:
+        mine.unlink()

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from kvhive_vllm import counters
+from kvhive_vllm.counters import Reader, place
 from kvhive_vllm.refusals import recipe_of
 
 logger = init_logger(f"vllm.{__name__}")
@@ -22,7 +22,7 @@ class HiveStatLogger(StatLoggerBase):
     """Tokens dropped, blocks freed and blocks that a request holds, of one engine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        self._path = counters.place(vllm_config, engine_index)
+        self._counted = Reader(place(vllm_config, engine_index))
         self._on = recipe_of(vllm_config) is not None
         self._before = (0, 0)
         self._shown = (0, 0)
@@ -33,7 +33,7 @@ class HiveStatLogger(StatLoggerBase):
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
         """Called after every step of the engine, in the server's process."""
-        read = counters.read(self._path) if self._on and scheduler_stats is not None else None
+        read = self._counted.read() if self._on and scheduler_stats is not None else None
         if read is None:
             return
         dropped, freed, blocks, requests = read
