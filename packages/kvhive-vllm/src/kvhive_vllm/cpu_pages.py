@@ -25,6 +25,11 @@ class Packing(ABC):
         """Whether tiles of such numbers can be packed so, of `size` tokens `width` wide."""
         return True
 
+    def places(self, size: int, width: int) -> Tensor:
+        """int64 `[size, d]`: where in a tile, of 65,536 numbers at most, those of a token lie."""
+        numbers = torch.arange(size * width).to(torch.int16)
+        return self.unpack(numbers, size).long() & 0xFFFF
+
 
 class Rows(Packing):
     """Token after token."""
@@ -109,6 +114,9 @@ class CpuPages(Pages):
         self._tiles = cache.view(pages, heads, 2, size * self.width)
         self._pages = cache.view(pages, -1)
         self._keys, self._values = self._packings(write)
+        places = [self._keys.places(size, self.width), self._values.places(size, self.width)]
+        places[1] += size * self.width
+        self._places = torch.cat(places, -1)  # [size, 2 * d], of a slot in its two tiles
 
     def keys(self, blocks: Tensor, tokens: int) -> Tensor:
         """As `Pages.keys`."""
@@ -133,6 +141,17 @@ class CpuPages(Pages):
         pages = self.pages(blocks, keys.shape[1])
         for side, packing, rows in ((0, self._keys, keys), (1, self._values, values)):
             self._tiles[pages, :, side] = packing.pack(whole_pages(rows, self.size))
+
+    def move(self, blocks: Tensor, heads: Tensor, source: Tensor, target: Tensor) -> None:
+        """As `Pages.move`."""
+        numbers = self._pages[self._numbers(blocks, heads, source)]
+        self._pages[self._numbers(blocks, heads, target)] = numbers
+
+    def _numbers(self, blocks: Tensor, heads: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in their pages the keys and values of slots lie: int64 `[n, 1]`, `[n, 2 * d]`."""
+        page, row = self.rows(blocks, slots)
+        start = heads * (2 * self.size * self.width)
+        return page[:, None], start[:, None] + self._places[row]
 
     def _read(self, side: int, packing: Packing, blocks: Tensor, tokens: int) -> Tensor:
         tiles = self._tiles[self.pages(blocks, tokens), :, side]

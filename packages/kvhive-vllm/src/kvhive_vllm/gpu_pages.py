@@ -37,6 +37,13 @@ class GpuPages(Pages):
         self._keys[pages] = whole_pages(keys, self.size)
         self._values[pages] = whole_pages(values, self.size)
 
+    def move(self, blocks: Tensor, heads: Tensor, source: Tensor, target: Tensor) -> None:
+        """As `Pages.move`."""
+        page, row = self.rows(blocks, source)
+        tokens = self._cache[page, heads, row]
+        page, row = self.rows(blocks, target)
+        self._cache[page, heads, row] = tokens
+
     def _check(self, write: Writer) -> None:
         """One page is written and read, and is then as it was."""
         cache = self._cache

@@ -16,6 +16,7 @@ from kvhive_vllm.sequences import WAITING
 
 POSITION = 2  # bytes of a position, 4 beyond 32,767 tokens
 SHORT = 32_767
+PLACE = 4  # bytes that say where the token of a slot lies, where keys are not turned
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def reserve(recipe: Recipe, shape: Shape, turned: bool) -> Reserve:
     policy = policies_of(recipe, 1)[0]
     slot = POSITION if shape.tokens <= SHORT else 2 * POSITION
     slot += sum(c.dtype.itemsize * math.prod(c.shape) for c in policy.columns.values())
-    if turned:
-        slot += 1 + _held_twice(recipe, shape)
+    slot += 1 + _held_twice(recipe, shape) if turned else PLACE
     once = 2 * min(SCRATCH, shape.bytes_a_token * shape.tokens)
     if policy.needs.votes:
         rows = 4 * shape.layers * shape.heads * shape.tokens * max(1, policy.needs.last_rows)

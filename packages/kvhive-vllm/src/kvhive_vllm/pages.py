@@ -41,6 +41,17 @@ class Pages(ABC):
         behind them in the last page is of no meaning afterwards.
         """
 
+    @abstractmethod
+    def move(self, blocks: Tensor, heads: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copy single tokens of single heads to other slots of blocks; heads, source, target:
+        int64 `[n]`, and no slot of a head is both.
+        """
+
+    def rows(self, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """int64: the page of each slot of blocks, and the slot in that page."""
+        pages = self.pages(blocks, len(blocks) * self._pages_a_block * self.size)
+        return pages[slots // self.size], slots % self.size
+
     def pages(self, blocks: Tensor, tokens: int) -> Tensor:
         """int64: the pages of these blocks that hold the first `tokens` tokens."""
         count = -(-tokens // self.size)

@@ -9,27 +9,28 @@ import torch
 from kvhive.cache.eviction import cut
 from kvhive.cache.positions import Turning
 from kvhive.kernels import Ask, Held, Needs, Observed, Rows, report
-from kvhive.plan import Plan
 from kvhive.slots import Slots
 from kvhive.step import Step
-from kvhive.stores.dense import DenseStore
 from torch import Tensor
 
 from kvhive_vllm.groups import Group
+from kvhive_vllm.held import HeldPages
 from kvhive_vllm.orders import Cut
 from kvhive_vllm.prompts import PromptVotes, columns_alone
 
 WAITING = 16  # decoded queries that wait to vote, so that keys are read once for all of them
 HEADROOM = 128  # slots made room for ahead while decoding
+FEW = 0.25  # of what is kept: if no more goes, what stays is not written anew
 
 
 @dataclass(eq=False)
 class _Layers:
-    """A group, and what this request's slots of it hold."""
+    """A group, what this request's slots of it hold, and where (see `HeldPages`)."""
 
     group: Group
     slots: Slots
     turning: Turning
+    places: Tensor | None = None
 
     @classmethod
     def empty(cls, group: Group, device: torch.device) -> _Layers:
@@ -76,7 +77,8 @@ class Sequence:
         for part in self._parts:
             part.slots.append(step, tokens)
             if part.group.policy.observes:
-                seen = votes.observed(part.group, tokens, self._keys_of(part, tokens))
+                keys = self._pages_of(part, tokens).keys
+                seen = votes.observed(part.group, tokens, keys)
                 part.group.policy.observe(part.slots, seen)
 
     # ---- decoding --------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class Sequence:
             slots.append(Step.plain(first, count, "decode"), room)
             return
         together = self._needs.together
-        said = _Said(part.group, self._keys_of(part, held), queries)
+        said = _Said(part.group, self._pages_of(part, held), held, queries)
         for start in range(0, count, together):
             stop = min(start + together, count)
             slots.append(Step.plain(first + start, stop - start, "decode"), room)
@@ -131,7 +133,7 @@ class Sequence:
     def _evict_part(self, part: _Layers, order: Cut, blocks: Tensor) -> None:
         slots, group = part.slots, part.group
         held = slots.length
-        store = _HeldPages(group, self.blocks, held)
+        store = self._pages_of(part, held)
         target = torch.full_like(slots.tally, order.target)
         looked_at = Held(store.view, group.scale, group.written)
         plan = cut(group.policy, slots, looked_at, target, target)
@@ -143,75 +145,26 @@ class Sequence:
                 f"{group.policy.name}: a head of layers {group.layers} keeps {kept} of {held} "
                 f"tokens where {order.kept} were foretold; please report the recipe"
             )
+        stays = torch.equal(blocks, self.blocks[: len(blocks)])
+        if plan is None and stays:
+            return
         if plan is None:
-            if not torch.equal(blocks, self.blocks[: len(blocks)]):
-                store.move(blocks, None)
+            store.move(blocks, None)
         elif group.turns is None:
             slots.compact(plan, kept + HEADROOM)
+            if stays and held - kept <= FEW * kept:
+                part.places = store.close_up(plan)
+                return
             store.move(blocks, plan)
         else:
             room = kept + HEADROOM
             after = part.turning.compact(store.whole(), slots, plan, room, self.seen)
             for pages, keys, values in zip(group.pages, *after.view(), strict=True):
                 pages.write(blocks, keys, values)
+        part.places = None
 
-    def _keys_of(self, part: _Layers, held: int) -> _Keys:
-        return _Keys(part.group, self.blocks, held)
-
-
-class _HeldPages:
-    """What a request holds of a group's layers, fetched from their pages when it is looked at."""
-
-    def __init__(self, group: Group, blocks: Tensor, held: int) -> None:
-        self._group, self._blocks, self._held = group, blocks, held
-        self._store: DenseStore | None = None
-
-    def view(self) -> tuple[Tensor, Tensor]:
-        """Keys `[S, K, held, d]` and values, of all layers."""
-        return self.whole().view()
-
-    def whole(self) -> DenseStore:
-        """The same, to be compacted."""
-        if self._store is None:
-            parts = [pages.both(self._blocks, self._held) for pages in self._group.pages]
-            keys, values = (torch.stack(side) for side in zip(*parts, strict=True))
-            self._store = DenseStore()
-            self._store.append(keys, values, self._held)
-        return self._store
-
-    def move(self, blocks: Tensor, plan: Plan | None) -> None:
-        """Write what a plan leaves, or all of it, to other blocks, one layer after the other."""
-        for place, pages in enumerate(self._group.pages):
-            keys, values = self._of(place)
-            if plan is not None:
-                heads = torch.arange(pages.heads, device=keys.device)[:, None]
-                rows = (plan.index[place] + heads * self._held).flatten()
-                keys, values = (_taken(part, rows) for part in (keys, values))
-            pages.write(blocks, keys, values)
-
-    def _of(self, place: int) -> tuple[Tensor, Tensor]:
-        if self._store is not None:
-            keys, values = self._store.view()
-            return keys[place], values[place]
-        return self._group.pages[place].both(self._blocks, self._held)
-
-
-def _taken(part: Tensor, rows: Tensor) -> Tensor:
-    """`[K, n, d]` -> `[K, kept, d]`; rows: int64 `[K * kept]`, of all heads one after the other."""
-    heads, _, width = part.shape
-    return part.reshape(-1, width).index_select(0, rows).view(heads, -1, width)
-
-
-@dataclass(frozen=True, eq=False)
-class _Keys:
-    """Fetches the keys `[K, held, d]` of a layer."""
-
-    group: Group
-    blocks: Tensor
-    held: int
-
-    def __call__(self, layer: int) -> Tensor:
-        return self.group.pages[layer - self.group.first].keys(self.blocks, self.held)
+    def _pages_of(self, part: _Layers, held: int) -> HeldPages:
+        return HeldPages(part.group, self.blocks, held, part.places)
 
 
 class _Said:
@@ -220,8 +173,8 @@ class _Said:
     queries: `[L, H, count, d]`, of the last tokens held.
     """
 
-    def __init__(self, group: Group, keys: _Keys, queries: Tensor | None) -> None:
-        self._group, self._keys = group, keys
+    def __init__(self, group: Group, pages: HeldPages, held: int, queries: Tensor | None) -> None:
+        self._group, self._keys, self._held = group, pages.keys, held
         self._needs = group.policy.needs
         self._queries = None if queries is None else queries[group.first : group.layers.stop]
         self._rows: Tensor | None = None
@@ -260,7 +213,7 @@ class _Said:
         """`[S, H, count, held]`, worked out once."""
         if self._rows is None:
             assert self._queries is not None
-            held = self._keys.held
+            held = self._held
             ask = Ask(
                 Step.plain(held - count, count, "decode"), self._group.scale, Needs(last_rows=count)
             )
