@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 import torch
 
 from kvhive.evaluation.protocols import ModelUnderTest, ask, converse
@@ -15,6 +14,8 @@ from tests.contract.recipes import SMALL
 
 TEXT = "The bees were at home. " * 12
 QUESTIONS = ("Where were the bees?", "Who was at home, and when, and why at all?")
+
+KINDS = ({"target": " home"}, {"choices": (" home", " away")}, {"target": " home", "limit": 3})
 
 
 def item(*queries: str, **probe: object) -> Item:
@@ -63,18 +64,14 @@ def test_an_agnostic_cache_never_saw_the_question(tested):
     assert watch.went_on[0] == QUESTIONS[0] + "<|end|>\n<|start|>assistant\nThey were"
 
 
-@pytest.mark.parametrize(
-    "probe",
-    [{"target": " home"}, {"choices": (" home", " away")}, {"target": " home", "limit": 3}],
-    ids=["targets", "choices", "written"],
-)
-def test_agnostic_caches_are_the_same_for_all_probes(tested, probe):
+def test_agnostic_caches_are_the_same_for_all_probes(tested):
     """Every policy: what is kept depends on no probe, and asking changes nothing of it."""
     tested = tested.with_recipes([Recipe.parse(recipe) for recipe in SMALL])
     before = tested.runner.read(tested.prefix(item(), item().prefix), tested.recipes)
     watch = Watch(tested)
     for question in QUESTIONS:
-        one = item(question, **probe)
+        one = item()
+        one = dataclasses.replace(one, probes=tuple(item(question, **k).probes[0] for k in KINDS))
         ask(tested, one, one.prefix, "agnostic", most=9)
         for ours, theirs, after in zip(
             watch.kept[-1], kept(before), kept(watch.sequences), strict=True

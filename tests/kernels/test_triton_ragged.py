@@ -74,7 +74,7 @@ def agrees(one: Case) -> None:
     padded=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_same_as_the_reference(
     rows: list[list[int]],
     group: int,

@@ -19,7 +19,7 @@ from kvhive.stores.base import Store
 from kvhive.stores.dense import DenseStore
 from tests.stores.ragged_model import RaggedModel
 
-EXAMPLES, OPERATIONS = 20, 2000
+EXAMPLES, OPERATIONS = 12, 2000
 CHECKED, ATTENDED = 8, 40  # operations from one look to the next, at contents and at attention
 FORKS = 3
 FULL = 24  # slots, where something must go
