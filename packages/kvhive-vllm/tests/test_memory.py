@@ -27,7 +27,7 @@ def test_slots_take_what_is_set_aside_for_them(recipe: str, turned: bool) -> Non
     taken = slots.nbytes - slots.tally.untyped_storage().nbytes()
     aside = reserve(read(recipe), SHAPE, turned).a_token * SHAPE.tokens
     if not turned:
-        places = 3 * 2 * 1000 * 4  # `held.HeldPages`
+        places = 3 * 2 * 1000 * 2  # `held.HeldPages`
         assert taken + places == aside
     else:
         assert taken <= aside <= taken + 2 * 3 * 1000 * (2 * SHAPE.width + 8)

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,13 +22,13 @@ from tests.models import Tiny, prompts
 RECIPE, NEW = "h2o@80", 40
 
 
-@pytest.fixture(scope="module")
-def server(tiny: Tiny) -> Iterator[tuple[int, Path]]:
-    """Its port, and its log."""
+@contextmanager
+def _serving(tiny: Tiny, name: str, *more: str) -> Iterator[tuple[int, Path]]:
+    """A server's port, and its log."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    log = tiny.folder.parent / "server.log"
+    log = tiny.folder.parent / f"{name}.log"
     words = f"serve {tiny.folder} --recipe {RECIPE} --port {port} --host 127.0.0.1".split()
     words += [
         "--dtype",
@@ -37,7 +40,7 @@ def server(tiny: Tiny) -> Iterator[tuple[int, Path]]:
         "512",
     ]
     words += ["--kv-cache-memory-bytes", "134217728", "--served-model-name", "tiny"]
-    words += ["--skip-tokenizer-init"]
+    words += ["--skip-tokenizer-init", *more]
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -52,6 +55,13 @@ def server(tiny: Tiny) -> Iterator[tuple[int, Path]]:
         finally:
             process.terminate()
             process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Tiny) -> Iterator[tuple[int, Path]]:
+    """One engine."""
+    with _serving(tiny, "server") as found:
+        yield found
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -73,9 +83,11 @@ def _client(port: int) -> OpenAI:
 def _metrics(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
         lines = [line for line in page.read().decode().splitlines() if line.startswith("kvhive")]
-    return {
-        name.partition("{")[0]: float(value) for name, value in (x.rsplit(" ", 1) for x in lines)
-    }
+    found: dict[str, float] = defaultdict(float)  # summed over engines
+    for line in lines:
+        name, value = line.rsplit(" ", 1)
+        found[name.partition("{")[0]] += float(value)
+    return found
 
 
 def _tokens(port: int, text: list[int]) -> list[int]:
@@ -125,3 +137,16 @@ def test_the_log_says_once_what_is_on(server: tuple[int, Path]) -> None:
     assert len(on) == 1
     assert "a prompt of 512 tokens frees 13 of 16 blocks" in on[0]
     assert sum("are set aside for slots and scratch" in line for line in said) == 1
+
+
+def test_engines_of_a_data_parallel_group_count_each_for_themselves(tiny: Tiny) -> None:
+    """Two engines behind two servers; each request lives in one of them."""
+    texts = prompts(*[150 + place for place in range(4)])
+    with _serving(tiny, "parallel", "--data-parallel-size", "2") as (port, _):
+        with ThreadPoolExecutor(4) as pool:
+            given = list(pool.map(lambda text: _tokens(port, text), texts))
+        metrics = _metrics(port)
+    assert given == [tiny.expected(RECIPE, text, NEW) for text in texts]
+    least, most = (sum(len(text) + NEW - kept for text in texts) for kept in (84, 78))
+    assert least <= metrics["kvhive_tokens_dropped_total"] <= most
+    assert metrics["kvhive_blocks_freed_total"] >= 4

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from kvhive_vllm.groups import Group
 
+SHORT = 32_767  # tokens whose places fit 16 bits
+
 
 class HeldPages:
     """Of a group's S layers, fetched when they are looked at.
 
-    blocks: int64, that hold `held` tokens. places: int32 `[S, K, m]`, where among these the tokens
+    blocks: int64, that hold `held` tokens. places: int16 or int32 `[S, K, m]`, where among these the tokens
     of the first m slots lie; later ones, or all with None, lie where their slots are.
     """
 
@@ -61,7 +63,7 @@ class HeldPages:
         parts = zip(*(part.split(moved) for part in (heads, source, target)), strict=True)
         for pages, part in zip(self._group.pages, parts, strict=True):
             pages.move(self._blocks, *part)
-        return places.to(torch.int32)
+        return places.to(torch.int16 if self._held <= SHORT else torch.int32)
 
     def _both(self, place: int) -> tuple[Tensor, Tensor]:
         """Keys `[K, held, d]` and values of the group's layer of that number."""

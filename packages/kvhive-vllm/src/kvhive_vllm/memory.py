@@ -11,12 +11,11 @@ from kvhive.lengths import policies_of
 from kvhive.recipe import Recipe
 
 from kvhive_vllm.groups import SCRATCH
+from kvhive_vllm.held import SHORT
 from kvhive_vllm.prompts import AT_ONCE
 from kvhive_vllm.sequences import WAITING
 
-POSITION = 2  # bytes of a position, 4 beyond 32,767 tokens
-SHORT = 32_767
-PLACE = 4  # bytes that say where the token of a slot lies, where keys are not turned
+NUMBER = 2  # bytes of a position or a place, 4 where requests may be longer than SHORT
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,10 @@ class Reserve:
 def reserve(recipe: Recipe, shape: Shape, turned: bool) -> Reserve:
     """For a recipe. turned: whether positions are counted in the cache."""
     policy = policies_of(recipe, 1)[0]
-    slot = POSITION if shape.tokens <= SHORT else 2 * POSITION
+    number = NUMBER if shape.tokens <= SHORT else 2 * NUMBER
+    slot = number
     slot += sum(c.dtype.itemsize * math.prod(c.shape) for c in policy.columns.values())
-    slot += 1 + _held_twice(recipe, shape) if turned else PLACE
+    slot += 1 + _held_twice(recipe, shape) if turned else number
     once = 2 * min(SCRATCH, shape.bytes_a_token * shape.tokens)
     if policy.needs.votes:
         rows = 4 * shape.layers * shape.heads * shape.tokens * max(1, policy.needs.last_rows)

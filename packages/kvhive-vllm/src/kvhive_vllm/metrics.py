@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from kvhive_vllm.counters import Reader, place
+from kvhive_vllm.counters import Counted
 from kvhive_vllm.refusals import recipe_of
 
 logger = init_logger(f"vllm.{__name__}")
@@ -22,34 +22,34 @@ class HiveStatLogger(StatLoggerBase):
     """Tokens dropped, blocks freed and blocks that a request holds, of one engine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        self._counted = Reader(place(vllm_config, engine_index))
-        self._on = recipe_of(vllm_config) is not None
-        self._before = (0, 0)
-        self._shown = (0, 0)
-        if self._on:
-            self._dropped, self._freed, self._blocks = (
-                metric.labels(engine=str(engine_index)) for metric in _metrics()
-            )
+        self._dropped = self._freed = self._shown = 0
+        if recipe_of(vllm_config) is not None:
+            self._metrics = [metric.labels(engine=str(engine_index)) for metric in _metrics()]
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
-        """Called after every step of the engine, in the server's process."""
-        read = self._counted.read() if self._on and scheduler_stats is not None else None
-        if read is None:
+        """Called after every step of the engine, in the server's process, before vLLM's own."""
+        counted = None if scheduler_stats is None else Counted.taken_from(scheduler_stats)
+        if counted is None:
             return
-        dropped, freed, blocks, requests = read
-        self._dropped.inc(dropped - self._before[0])
-        self._freed.inc(freed - self._before[1])
-        self._blocks.set(blocks / requests if requests else 0.0)
-        self._before = dropped, freed
+        self._dropped += counted.dropped
+        self._freed += counted.freed
+        dropped, freed, blocks = self._metrics
+        dropped.inc(counted.dropped)
+        freed.inc(counted.freed)
+        blocks.set(counted.blocks / counted.requests if counted.requests else 0.0)
 
     def log_engine_initialized(self) -> None:
         """The workers have said what is on."""
 
     def log(self) -> None:
         """One line, as often as vLLM writes its own, where something went."""
-        if self._before != self._shown:
-            logger.info("kvhive: %d tokens dropped, %d blocks freed since the start", *self._before)
-            self._shown = self._before
+        if self._dropped != self._shown:
+            logger.info(
+                "kvhive: %d tokens dropped, %d blocks freed since the start",
+                self._dropped,
+                self._freed,
+            )
+            self._shown = self._dropped
 
 
 def _metrics() -> tuple[Any, Any, Any]:

@@ -10,9 +10,10 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from kvhive_vllm.counters import Counters
+from kvhive_vllm.counters import Counted
 from kvhive_vllm.manager import HiveManager
 from kvhive_vllm.orders import Orders
 from kvhive_vllm.refusals import checked_recipe
@@ -27,7 +28,7 @@ class _Evicting(Scheduler):
         super().__init__(*args, **kwargs)
         self.recipe = checked_recipe(self.vllm_config)
         self.manager = _only_manager(self)
-        self.counters = Counters.of(self.vllm_config)
+        self._told = (0, 0)  # tokens dropped and blocks freed, when statistics were last made
 
     def add_request(self, request: Request) -> None:
         """As vLLM's; a request whose prompt goes on later is aborted at once, with a word in the
@@ -62,13 +63,14 @@ class _Evicting(Scheduler):
             elif not request.is_prefill_chunk:
                 orders.ending.add(name)
         output.kvhive = orders
-        self._count()
         return output
 
-    def shutdown(self) -> None:
-        """As vLLM's."""
-        self.counters.close()
-        super().shutdown()
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, with what was counted since the last time. One server alone gets it."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self._count().put_into(stats)
+        return stats
 
     def _evict(self, request: Request, orders: Orders) -> None:
         """What a request must give up after its last step."""
@@ -88,11 +90,15 @@ class _Evicting(Scheduler):
         self.running.remove(request)
         self._preempt_request(request, time.monotonic())
 
-    def _count(self) -> None:
-        held = self.manager.req_to_blocks
-        blocks = sum(len(blocks) for blocks in held.values())
-        self.counters.write(
-            self.manager.tokens_dropped, self.manager.blocks_freed, blocks, len(held)
+    def _count(self) -> Counted:
+        manager, (dropped, freed) = self.manager, self._told
+        self._told = manager.tokens_dropped, manager.blocks_freed
+        held = manager.req_to_blocks
+        return Counted(
+            manager.tokens_dropped - dropped,
+            manager.blocks_freed - freed,
+            sum(len(blocks) for blocks in held.values()),
+            len(held),
         )
 
 
