@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -26,6 +26,15 @@ def load_plugins(names: Iterable[str]) -> dict[str, str]:
     fails, with its own error and the line it is in.
     """
     return {Path(name).name: _digest(_load(name)) for name in names}
+
+
+def anywhere(names: Sequence[str]) -> tuple[str, ...]:
+    """The same plugins, files with absolute paths: for processes that work in other folders."""
+    files = {name: expanded(name) for name in names if name.endswith(".py")}
+    return tuple(
+        str(files[name].resolve()) if name in files and files[name].exists() else name
+        for name in names
+    )
 
 
 @contextmanager

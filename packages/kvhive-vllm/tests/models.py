@@ -52,7 +52,9 @@ class Tiny:
         return given[0, ids.shape[1] :].tolist()
 
     @contextmanager
-    def engine(self, recipe: str | None, **options: Any) -> Iterator[LLM]:
+    def engine(
+        self, recipe: str | None, plugins: Sequence[str] = (), **options: Any
+    ) -> Iterator[LLM]:
         """vLLM, in this process unless the options say otherwise."""
         defaults: dict[str, Any] = {
             "model": str(self.folder),
@@ -69,7 +71,7 @@ class Tiny:
             "seed": 0,
         }
         if recipe is not None:
-            defaults |= kvhive_vllm.engine_args(recipe)
+            defaults |= kvhive_vllm.engine_args(recipe, plugins)
         llm = LLM(**defaults | options)
         try:
             yield llm

@@ -29,7 +29,8 @@ class Job:
     """What an engine is started for.
 
     model: a folder, or a hub id. dtype: as for `kvhive.load`. ends: ids after which an answer is
-    over. tokens: of the longest question and its answer together.
+    over. tokens: of the longest question and its answer together. plugins: files or modules that
+    the recipe may come from.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Job:
     recipe: Recipe
     ends: frozenset[int]
     tokens: int
+    plugins: tuple[str, ...] = ()
 
 
 @runtime_checkable

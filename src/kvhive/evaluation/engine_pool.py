@@ -104,6 +104,7 @@ class EnginePool:
                 Recipe.parse(recipe),
                 evaluator.tested.ends,
                 evaluator.longest,
+                self._settings.plugins,
             )
             self._open = recipe, self._kind.start(job)
         return self._open[1]

@@ -23,6 +23,7 @@ from kvhive.evaluation.evaluator import Evaluator
 from kvhive.evaluation.settings import Settings, Unit
 from kvhive.evaluation.workers import Died, Failed, Reply, Worker, sendable
 from kvhive.files import expanded
+from kvhive.plugins import anywhere
 
 POLL = 5.0  # seconds between looks at workers that wait for a place
 PATIENCE = 60.0  # seconds a worker may wait for a place while others work
@@ -197,9 +198,7 @@ def _anywhere(settings: Settings) -> Settings:
     if data and data not in ("hub", "builtin"):
         data = absolute(data)
     model = settings.model if settings.model == "smollm2" else absolute(settings.model)
-    files = [name for name in settings.plugins if name.endswith(".py")]
-    plugins = tuple(absolute(name) if name in files else name for name in settings.plugins)
-    return replace(settings, model=model, data=data, plugins=plugins)
+    return replace(settings, model=model, data=data, plugins=anywhere(settings.plugins))
 
 
 def _not_ready(error: Exception) -> OSError:

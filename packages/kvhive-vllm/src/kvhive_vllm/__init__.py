@@ -4,10 +4,11 @@ vLLM is patched, and without a recipe nothing of this runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvhive_vllm import versions
-from kvhive_vllm.recipes import KEY, SCHEDULER, WORKER, read
+from kvhive_vllm.recipes import SCHEDULER, WORKER, settings
 
 __all__ = ["__version__", "engine_args"]
 __version__ = "0.1.0"
@@ -15,14 +16,16 @@ __version__ = "0.1.0"
 versions.check()
 
 
-def engine_args(recipe: str) -> dict[str, Any]:
+def engine_args(recipe: str, plugins: Sequence[str] = ()) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` and `AsyncEngineArgs` that run a recipe, as in
     `LLM("my-model", **engine_args("h2o@1024"))`.
 
-    Raises `ValueError` for a recipe that cannot be run inside vLLM, `TypeError` for no string.
+    plugins: files or modules with policies of your own, which vLLM's processes load too. Raises
+    `ValueError` for a recipe that cannot be run inside vLLM and for a plugin that fails,
+    `FileNotFoundError` or `ImportError` for one that is not there, `TypeError` for no string.
     """
     return {
         "scheduler_cls": SCHEDULER,
         "worker_cls": WORKER,
-        "additional_config": {KEY: {"recipe": str(read(recipe))}},
+        "additional_config": settings(recipe, plugins),
     }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from kvhive.plugins import load_plugins
 
 from kvhive_vllm import __version__, engine_args, versions
 
@@ -25,29 +27,40 @@ RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Which tokens survive, such as h2o@1024.")
 ]
 
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="A Python file (or module) with policies of your own. Repeat for more.",
+    ),
+]
+
 
 @app.command(context_settings=PASSED_ON)
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's name or folder, as vllm serve takes it.")],
     recipe: RecipeOption,
+    plugin: PluginOption = None,
 ) -> None:
     """Serve MODEL with vLLM's OpenAI server; all other options are vLLM's own."""
-    run_vllm(["serve", model, *arguments(recipe, context.args)])
+    run_vllm(["serve", model, *arguments(recipe, context.args, plugin or ())])
 
 
 @app.command()
 def options(
     recipe: Annotated[str, typer.Argument(help="Such as h2o@1024.")],
+    plugin: PluginOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="As keyword arguments of vllm.LLM instead.")
     ] = False,
 ) -> None:
     """Print the three options with which plain `vllm serve` runs RECIPE."""
     if as_json:
-        typer.echo(json.dumps(_args(recipe), indent=2))
+        typer.echo(json.dumps(_args(recipe, plugin or ()), indent=2))
     else:
-        typer.echo(shlex.join(arguments(recipe, [])))
+        typer.echo(shlex.join(arguments(recipe, [], plugin or ())))
 
 
 @app.command()
@@ -57,17 +70,17 @@ def version() -> None:
     typer.echo(f"kvhive-vllm {__version__}, {name} {release}, tested with vLLM {versions.TESTED}")
 
 
-def arguments(recipe: str, others: list[str]) -> list[str]:
+def arguments(recipe: str, others: list[str], plugins: Sequence[str] = ()) -> list[str]:
     """vLLM's command line for a recipe and other options of vLLM's.
 
-    Raises `typer.BadParameter` for a recipe that cannot be run, and for options that choose another
-    scheduler or worker.
+    Raises `typer.BadParameter` for a recipe that cannot be run, for a plugin that cannot be loaded,
+    and for options that choose another scheduler or worker.
     """
     given, rest = _config(others)
     for option in OURS:
         if any(word.replace("_", "-").partition("=")[0] == option for word in rest):
             raise typer.BadParameter(f"{option} is how a recipe is run; leave it out")
-    args = _args(recipe)
+    args = _args(recipe, plugins)
     ours = args["additional_config"]
     if given.keys() & ours.keys():
         raise typer.BadParameter(f"{CONFIG} names a recipe, and so does --recipe; leave one out")
@@ -100,9 +113,13 @@ def run_vllm(words: list[str]) -> None:
     command.cmd(parsed)
 
 
-def _args(recipe: str) -> dict[str, Any]:
+def _args(recipe: str, plugins: Sequence[str]) -> dict[str, Any]:
     try:
-        return engine_args(recipe)
+        load_plugins(plugins)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error), param_hint="--plugin") from None
+    try:
+        return engine_args(recipe, plugins)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--recipe") from None
 

@@ -56,7 +56,7 @@ class VllmEngine:
     def __init__(self, job: Job) -> None:
         from vllm import LLM
 
-        ours = {} if job.recipe == FULL else engine_args(str(job.recipe))
+        ours = {} if job.recipe == FULL else engine_args(str(job.recipe), job.plugins)
         self._ends = sorted(job.ends)
         self._llm = LLM(
             model=job.model,

@@ -19,8 +19,8 @@ SHORT = 32_767  # tokens whose places fit 16 bits
 class HeldPages:
     """Of a group's S layers, fetched when they are looked at.
 
-    blocks: int64, that hold `held` tokens. places: int16 or int32 `[S, K, m]`, where among these the tokens
-    of the first m slots lie; later ones, or all with None, lie where their slots are.
+    blocks: int64, that hold `held` tokens. places: int16 or int32 `[S, K, m]`, where among these
+    the tokens of the first m slots lie; later ones, or all with None, lie where their slots are.
     """
 
     def __init__(self, group: Group, blocks: Tensor, held: int, places: Tensor | None) -> None:

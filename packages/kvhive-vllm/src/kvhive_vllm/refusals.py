@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from kvhive.recipe import Recipe
 from vllm.config import VllmConfig
 
-from kvhive_vllm.recipes import KEY, SCHEDULER, WORKER, read
+from kvhive_vllm.recipes import KEY, SCHEDULER, WORKER, configured
 
 EXACT = ("auto", "float16", "bfloat16", "float32")  # dtypes of pages that hold keys as they are
 
@@ -17,17 +17,9 @@ EXACT = ("auto", "float16", "bfloat16", "float32")  # dtypes of pages that hold 
 def recipe_of(config: VllmConfig) -> Recipe | None:
     """The recipe that an engine was given; None: it was given none.
 
-    Raises `ValueError` for one that cannot be run, and for unknown settings.
+    Raises as `recipes.configured`.
     """
-    given = config.additional_config
-    given = given.get(KEY) if isinstance(given, dict) else None
-    if given is None:
-        return None
-    if not isinstance(given, dict) or set(given) != {"recipe"}:
-        raise ValueError(
-            f"additional_config[{KEY!r}] must be {{'recipe': 'h2o@1024'}} or the like, got {given}"
-        )
-    return read(given["recipe"])
+    return configured(config.additional_config)
 
 
 def checked_recipe(config: VllmConfig) -> Recipe:
