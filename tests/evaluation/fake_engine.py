@@ -25,7 +25,7 @@ class FakeKind:
 
     def start(self, job: Job) -> Engine:
         """Loads the model."""
-        self.log.append(("start", str(job.recipe)))
+        self.log.append(("start", str(job.recipe), *job.plugins))
         return FakeEngine(job)
 
 

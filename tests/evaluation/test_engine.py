@@ -77,6 +77,15 @@ def test_one_engine_a_recipe_answers_all_questions(settings, tmp_path):
     ]
 
 
+def test_engines_are_told_of_plugins(settings, tmp_path):
+    """Their processes load them too."""
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("")
+    evaluate(replace(settings, plugins=(str(plugin),)), tmp_path / "run")
+    starts = [step[1:] for step in FakeKind.log if step[0] == "start"]
+    assert starts == [(recipe, str(plugin)) for recipe in RECIPES]
+
+
 def test_a_batch_begins_with_the_engine_that_is_open(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_pool.EnginePool, "size", 2)
     evaluate(settings, tmp_path / "small")
