@@ -61,32 +61,33 @@ def attend(query: Tensor, segments: Sequence[Segment], scale: float) -> tuple[Te
     part_lse = parts.new_empty(parts.shape[:3])
     out = query.new_empty(*query.shape[:3], width)
     lse = parts.new_empty(query.shape[:3])
-    if splits:
-        programs.attend[(tile.rows, splits, tile.tiles)](
-            query.contiguous(),
-            given.tensors,
-            given.table,
+    with torch.cuda.device_of(query):
+        if splits:
+            programs.attend[(tile.rows, splits, tile.tiles)](
+                query.contiguous(),
+                given.tensors,
+                given.table,
+                parts,
+                part_lse,
+                scale,
+                splits,
+                given.steps,
+                FORMS=given.forms,
+                **tile.sizes,
+                FACTORS=programs.factors(query.dtype),
+                **sizes,
+                BLOCK=block(max(tile.width, width), query.dtype),
+                STAGES=STAGES[query.dtype],
+            )
+        programs.merge[(tile.rows, tile.group * tile.q)](
             parts,
             part_lse,
-            scale,
+            given.table[1],
+            out,
+            lse,
             splits,
-            given.steps,
-            FORMS=given.forms,
-            **tile.sizes,
-            FACTORS=programs.factors(query.dtype),
             **sizes,
-            BLOCK=block(max(tile.width, width), query.dtype),
-            STAGES=STAGES[query.dtype],
         )
-    programs.merge[(tile.rows, tile.group * tile.q)](
-        parts,
-        part_lse,
-        given.table[1],
-        out,
-        lse,
-        splits,
-        **sizes,
-    )
     return out, lse
 
 
@@ -108,26 +109,27 @@ def report(
     if needs.attention:
         programs, given = _programs(), _Arguments.of(segments, query.device)
         size = block(tile.width, query.dtype)
-        programs.report[(tile.rows, max(1, -(-given.longest // size)))](
-            query.contiguous(),
-            given.tensors,
-            given.table,
-            lse.float().contiguous(),
-            columns,
-            rows,
-            scale,
-            math.log(needs.decay) if needs.decay else -1e9,
-            length,
-            given.steps,
-            FORMS=given.forms,
-            **tile.sizes,
-            FACTORS=programs.factors(query.dtype),
-            BLOCK=size,
-            TILES=tile.tiles,
-            SQUARE=needs.columns == "square",
-            FOLD=needs.fold,
-            LAST=last,
-        )
+        with torch.cuda.device_of(query):
+            programs.report[(tile.rows, max(1, -(-given.longest // size)))](
+                query.contiguous(),
+                given.tensors,
+                given.table,
+                lse.float().contiguous(),
+                columns,
+                rows,
+                scale,
+                math.log(needs.decay) if needs.decay else -1e9,
+                length,
+                given.steps,
+                FORMS=given.forms,
+                **tile.sizes,
+                FACTORS=programs.factors(query.dtype),
+                BLOCK=size,
+                TILES=tile.tiles,
+                SQUARE=needs.columns == "square",
+                FOLD=needs.fold,
+                LAST=last,
+            )
     return Observed(
         fresh=q,
         columns=columns,

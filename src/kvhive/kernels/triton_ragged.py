@@ -43,30 +43,31 @@ def attend(
     part_lse = parts.new_empty(parts.shape[:3])
     out = query.new_empty(*query.shape[:3], width)
     lse = parts.new_empty(query.shape[:3])
-    if splits:
-        programs.attend[(tile.rows, splits, tile.tiles)](
-            query.contiguous(),
-            keys,
-            values,
-            *places,
+    with torch.cuda.device_of(query):
+        if splits:
+            programs.attend[(tile.rows, splits, tile.tiles)](
+                query.contiguous(),
+                keys,
+                values,
+                *places,
+                parts,
+                part_lse,
+                scale,
+                splits,
+                **tile.sizes,
+                FACTORS=programs.factors(keys.dtype),
+                **sizes,
+                BLOCK=block(max(tile.width, width), keys.dtype),
+            )
+        programs.merge[(tile.rows, tile.group * tile.q)](
             parts,
             part_lse,
-            scale,
+            places[1],
+            out,
+            lse,
             splits,
-            **tile.sizes,
-            FACTORS=programs.factors(keys.dtype),
             **sizes,
-            BLOCK=block(max(tile.width, width), keys.dtype),
         )
-    programs.merge[(tile.rows, tile.group * tile.q)](
-        parts,
-        part_lse,
-        places[1],
-        out,
-        lse,
-        splits,
-        **sizes,
-    )
     return out, lse
 
 
@@ -84,24 +85,25 @@ def report(
     size = block(tile.width, keys.dtype)
     blocks, places = -(-extents.longest // size), _places(extents)
     if blocks:
-        programs.report[(tile.rows, blocks)](
-            query.contiguous(),
-            keys,
-            *places,
-            lse.float().contiguous(),
-            columns,
-            rows,
-            scale,
-            math.log(needs.decay) if needs.decay else -1e9,
-            len(keys),
-            **tile.sizes,
-            FACTORS=programs.factors(keys.dtype),
-            BLOCK=size,
-            TILES=tile.tiles,
-            SQUARE=needs.columns == "square",
-            FOLD=needs.fold,
-            LAST=last,
-        )
+        with torch.cuda.device_of(query):
+            programs.report[(tile.rows, blocks)](
+                query.contiguous(),
+                keys,
+                *places,
+                lse.float().contiguous(),
+                columns,
+                rows,
+                scale,
+                math.log(needs.decay) if needs.decay else -1e9,
+                len(keys),
+                **tile.sizes,
+                FACTORS=programs.factors(keys.dtype),
+                BLOCK=size,
+                TILES=tile.tiles,
+                SQUARE=needs.columns == "square",
+                FOLD=needs.fold,
+                LAST=last,
+            )
     return Seen(columns, rows)
 
 
