@@ -15,7 +15,7 @@ from torch import Tensor
 from kvhive.allocations.uniform import Uniform
 from kvhive.cache.eviction import Eviction
 from kvhive.cache.limits import Limits
-from kvhive.kernels import Held, Needs, Observed, Rows
+from kvhive.kernels import Needs, Observed, Rows, Viewed
 from kvhive.policies import Policy
 from kvhive.recipe import Recipe
 from kvhive.slots import Slots
@@ -127,7 +127,7 @@ class Lengths:
         self._hear()
         slots, limits = self._slots, self._eviction.limits
         limit = limits.target(0) if decoding else limits.of(0)
-        plan = self._eviction.plan(slots, Held(partial(_alike, slots.length)), decoding)
+        plan = self._eviction.plan(slots, Viewed(partial(_alike, slots.length)), decoding)
         if plan is not None:
             slots.adopt(plan)
             slots.compact(plan, plan.longest + HEADROOM)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from kvhive.cache.eviction import cut
-from kvhive.kernels import Held, Observed
+from kvhive.kernels import Held, Observed, Viewed
 from kvhive.policies import Policy
 from kvhive.slots import Slots
 from kvhive.step import Step
 
-NOTHING_TO_SCORE = Held(lambda: (torch.empty(0), torch.empty(0)))
+NOTHING_TO_SCORE = Viewed(lambda: (torch.empty(0), torch.empty(0)))
 
 
 def small_numbers(seed: int, *shape: int) -> Tensor:

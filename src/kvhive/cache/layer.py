@@ -19,7 +19,7 @@ from kvhive.cache.pending import Pending
 from kvhive.cache.positions import Turning
 from kvhive.cache.progress import Progress
 from kvhive.calibration import Profile
-from kvhive.kernels import NOTHING, Ask, Held, Needs, Observed
+from kvhive.kernels import NOTHING, Ask, Held, Needs, Observed, Viewed
 from kvhive.model.facts import ModelFacts, facts_of
 from kvhive.plan import Plan
 from kvhive.policies import Policy
@@ -344,7 +344,7 @@ class HiveLayer(CacheLayer):
 
     def held(self) -> Held:
         """What is held, for policies that score it."""
-        return Held(self.store.view, self._scale, self.written)
+        return Viewed(self.store.view, self._scale, self.written)
 
     def follow(self, plan: Plan | None) -> None:
         """Carry a plan out; None: nothing goes."""

@@ -2,7 +2,7 @@
 for the most that any query gives a slot. `contracts` has the terms, `reference` what they mean.
 """
 
-from kvhive.kernels.contracts import NOTHING, TOGETHER, Ask, Held, Needs, Observed, Rows
+from kvhive.kernels.contracts import NOTHING, TOGETHER, Ask, Held, Needs, Observed, Rows, Viewed
 from kvhive.kernels.dispatch import attend, report
 from kvhive.kernels.peaks import peaks
 
@@ -14,6 +14,7 @@ __all__ = [
     "Needs",
     "Observed",
     "Rows",
+    "Viewed",
     "attend",
     "peaks",
     "report",

@@ -5,6 +5,7 @@ Plain values only: nothing here knows a policy, a store or a model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,13 +138,29 @@ class Observed:
     lse: Tensor | None = None
 
 
-class Held:
-    """What a layer holds, for methods that score keys or values when something must go.
+class Held(ABC):
+    """What a layer holds, for methods that score keys or values when something must go. Either is
+    fetched when it is read, and once.
 
-    view: fetches keys `[b, K, n, d]` and values `[b, K, n, e]` as attention reads them; it is asked
-    when they are read, and once: a store of few bits then unpacks them. scale, rotation: as in
-    `Observed`.
+    scale, rotation: as in `Observed`.
     """
+
+    def __init__(self, scale: float = 1.0, rotation: Rotation | None = None) -> None:
+        self.scale, self.rotation = scale, rotation
+
+    @property
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """`[b, K, n, d]`, as attention reads them."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """`[b, K, n, e]`, as attention reads them."""
+
+
+class Viewed(Held):
+    """view: fetches keys and values together: a store of few bits unpacks them."""
 
     def __init__(
         self,
@@ -151,7 +168,8 @@ class Held:
         scale: float = 1.0,
         rotation: Rotation | None = None,
     ) -> None:
-        self._view, self.scale, self.rotation = view, scale, rotation
+        super().__init__(scale, rotation)
+        self._view = view
 
     @cached_property
     def _both(self) -> tuple[Tensor, Tensor]:
@@ -159,10 +177,10 @@ class Held:
 
     @property
     def keys(self) -> Tensor:
-        """`[b, K, n, d]`."""
+        """As `Held.keys`."""
         return self._both[0]
 
     @property
     def values(self) -> Tensor:
-        """`[b, K, n, e]`."""
+        """As `Held.values`."""
         return self._both[1]

@@ -6,7 +6,10 @@ behind the new end move to where others went, and all the rest stay where they a
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
+from kvhive.kernels import Held
 from kvhive.plan import Plan
 from kvhive.stores.dense import DenseStore
 from torch import Tensor
@@ -16,7 +19,7 @@ from kvhive_vllm.groups import Group
 SHORT = 32_767  # tokens whose places fit 16 bits
 
 
-class HeldPages:
+class HeldPages(Held):
     """Of a group's S layers, fetched when they are looked at.
 
     blocks: int64, that hold `held` tokens. places: int16 or int32 `[S, K, m]`, where among these
@@ -26,26 +29,33 @@ class HeldPages:
     def __init__(self, group: Group, blocks: Tensor, held: int, places: Tensor | None) -> None:
         self._group, self._blocks, self._held = group, blocks, held
         self._places = None if places is None else _lengthened(places, held)
-        self._store: DenseStore | None = None
+        super().__init__(group.scale, group.written)
 
-    def keys(self, layer: int) -> Tensor:
+    def keys_of(self, layer: int) -> Tensor:
         """`[K, held, d]` of a layer of the model."""
         place = layer - self._group.first
         keys = self._group.pages[place].keys(self._blocks, self._held)
-        return keys if self._places is None else _taken(keys, self._places[place])
+        return self._in_order(keys, place)
 
-    def view(self) -> tuple[Tensor, Tensor]:
-        """Keys `[S, K, held, d]` and values, of all layers."""
-        return self.whole().view()
+    @cached_property
+    def keys(self) -> Tensor:
+        """`[S, K, held, d]`."""
+        return torch.stack([self.keys_of(layer) for layer in self._group.layers])
+
+    @cached_property
+    def values(self) -> Tensor:
+        """`[S, K, held, e]`."""
+        fetched = [pages.values(self._blocks, self._held) for pages in self._group.pages]
+        parts = [self._in_order(part, place) for place, part in enumerate(fetched)]
+        return torch.stack(parts)
 
     def whole(self) -> DenseStore:
-        """The same, to be compacted."""
-        if self._store is None:
-            parts = [self._both(place) for place in range(len(self._group.pages))]
-            keys, values = (torch.stack(side) for side in zip(*parts, strict=True))
-            self._store = DenseStore()
-            self._store.append(keys, values, self._held)
-        return self._store
+        """Both, to be compacted."""
+        parts = [self._both(place) for place in range(len(self._group.pages))]
+        keys, values = (torch.stack(side) for side in zip(*parts, strict=True))
+        store = DenseStore()
+        store.append(keys, values, self._held)
+        return store
 
     def move(self, blocks: Tensor, plan: Plan | None) -> None:
         """Write what a plan leaves, or all of it, to other blocks, one layer after the other."""
@@ -67,13 +77,12 @@ class HeldPages:
 
     def _both(self, place: int) -> tuple[Tensor, Tensor]:
         """Keys `[K, held, d]` and values of the group's layer of that number."""
-        if self._store is not None:
-            keys, values = self._store.view()
-            return keys[place], values[place]
         keys, values = self._group.pages[place].both(self._blocks, self._held)
-        if self._places is None:
-            return keys, values
-        return _taken(keys, self._places[place]), _taken(values, self._places[place])
+        return self._in_order(keys, place), self._in_order(values, place)
+
+    def _in_order(self, part: Tensor, place: int) -> Tensor:
+        """Of tokens as they lie in that layer's pages, `[K, held, d]`: as the slots are."""
+        return part if self._places is None else _taken(part, self._places[place])
 
 
 def closed_up(places: Tensor, held: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from kvhive.cache.eviction import cut
 from kvhive.cache.positions import Turning
-from kvhive.kernels import Ask, Held, Needs, Observed, Rows, report
+from kvhive.kernels import Ask, Needs, Observed, Rows, report
 from kvhive.slots import Slots
 from kvhive.step import Step
 from torch import Tensor
@@ -77,7 +77,7 @@ class Sequence:
         for part in self._parts:
             part.slots.append(step, tokens)
             if part.group.policy.observes:
-                keys = self._pages_of(part, tokens).keys
+                keys = self._pages_of(part, tokens).keys_of
                 seen = votes.observed(part.group, tokens, keys)
                 part.group.policy.observe(part.slots, seen)
 
@@ -133,10 +133,9 @@ class Sequence:
     def _evict_part(self, part: _Layers, order: Cut, blocks: Tensor) -> None:
         slots, group = part.slots, part.group
         held = slots.length
-        store = self._pages_of(part, held)
+        pages = self._pages_of(part, held)
         target = torch.full_like(slots.tally, order.target)
-        looked_at = Held(store.view, group.scale, group.written)
-        plan = cut(group.policy, slots, looked_at, target, target)
+        plan = cut(group.policy, slots, pages, target, target)
         if plan is not None:
             slots.adopt(plan)
         kept = held if plan is None else plan.longest
@@ -149,18 +148,18 @@ class Sequence:
         if plan is None and stays:
             return
         if plan is None:
-            store.move(blocks, None)
+            pages.move(blocks, None)
         elif group.turns is None:
             slots.compact(plan, kept + HEADROOM)
             if stays and held - kept <= FEW * kept:
-                part.places = store.close_up(plan)
+                part.places = pages.close_up(plan)
                 return
-            store.move(blocks, plan)
+            pages.move(blocks, plan)
         else:
             room = kept + HEADROOM
-            after = part.turning.compact(store.whole(), slots, plan, room, self.seen)
-            for pages, keys, values in zip(group.pages, *after.view(), strict=True):
-                pages.write(blocks, keys, values)
+            after = part.turning.compact(pages.whole(), slots, plan, room, self.seen)
+            for layer, keys, values in zip(group.pages, *after.view(), strict=True):
+                layer.write(blocks, keys, values)
         part.places = None
 
     def _pages_of(self, part: _Layers, held: int) -> HeldPages:
@@ -174,7 +173,7 @@ class _Said:
     """
 
     def __init__(self, group: Group, pages: HeldPages, held: int, queries: Tensor | None) -> None:
-        self._group, self._keys, self._held = group, pages.keys, held
+        self._group, self._keys, self._held = group, pages.keys_of, held
         self._needs = group.policy.needs
         self._queries = None if queries is None else queries[group.first : group.layers.stop]
         self._rows: Tensor | None = None
