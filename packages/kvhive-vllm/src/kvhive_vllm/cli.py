@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from kvhive.cli.console import Plugin
 from kvhive.plugins import load_plugins
 
 from kvhive_vllm import __version__, engine_args, versions
@@ -27,22 +28,13 @@ RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Which tokens survive, such as h2o@1024.")
 ]
 
-PluginOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="FILE",
-        help="A Python file (or module) with policies of your own. Repeat for more.",
-    ),
-]
-
 
 @app.command(context_settings=PASSED_ON)
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's name or folder, as vllm serve takes it.")],
     recipe: RecipeOption,
-    plugin: PluginOption = None,
+    plugin: Plugin = None,
 ) -> None:
     """Serve MODEL with vLLM's OpenAI server; all other options are vLLM's own."""
     run_vllm(["serve", model, *arguments(recipe, context.args, plugin or ())])
@@ -51,7 +43,7 @@ def serve(
 @app.command()
 def options(
     recipe: Annotated[str, typer.Argument(help="Such as h2o@1024.")],
-    plugin: PluginOption = None,
+    plugin: Plugin = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="As keyword arguments of vllm.LLM instead.")
     ] = False,
